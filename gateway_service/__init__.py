@@ -1,0 +1,1 @@
+"""The front door: checks and tokenizes requests, picks workers, joins their streams, and answers."""

@@ -1,0 +1,140 @@
+"""Which workers there are and how they do; the control plane tells who comes and goes."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+import grpc.aio
+from kvrelay.errors import NoWorker
+from kvrelay.v1.worker_pb2 import GetWorkerStatusRequest, GetWorkerStatusResponse, Pool, WorkerState
+
+from gateway_service.stream import WorkerLostError, fault_of_call
+from gateway_service.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class WorkerDirectory:
+    """The workers of both pools, each asked for its status in turn.
+
+    Every method runs on the gateway's event loop.
+    """
+
+    def __init__(self, poll_seconds: float = 1.0, lost_seconds: float = 10.0) -> None:
+        """Ask each worker every `poll_seconds`; `lost_seconds` without an answer count as its death."""
+        self._poll_seconds = poll_seconds
+        self._lost_seconds = lost_seconds
+        self._workers: dict[str, Worker] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed: list[Callable[[], None]] = []
+        self._removed: list[Callable[[str], None]] = []
+
+    def add(self, pool: Pool, worker_id: str, address: str) -> None:
+        """Take a worker in; it gets requests once it says that it is ready. A known id is replaced."""
+        if worker_id in self._workers:
+            self.remove(worker_id)
+        worker = Worker(pool, worker_id, address)
+        self._workers[worker_id] = worker
+        self._watchers[worker_id] = asyncio.create_task(self._watch(worker))
+
+    def remove(self, worker_id: str) -> None:
+        """Forget a worker; requests with a stream there go on elsewhere. An unknown id does nothing."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return
+        worker.draining = True
+        watcher = self._watchers.pop(worker_id)
+        watcher.cancel()
+        worker.give_up_streams(WorkerLostError(worker_id, NoWorker("the worker was removed")))
+        closing = asyncio.create_task(worker.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        for callback in self._removed:
+            callback(worker_id)
+        self._tell()
+
+    def drain(self, worker_id: str) -> None:
+        """Send no new request to a worker; those it has go on. An unknown id does nothing."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.draining = True
+            self._tell()
+
+    def in_flight(self, worker_id: str) -> int:
+        """Requests that hold a place at a worker; 0 for an unknown one."""
+        worker = self._workers.get(worker_id)
+        return 0 if worker is None else worker.in_flight
+
+    def ready_workers(self, pool: Pool) -> list[Worker]:
+        """The workers of a pool that take new requests."""
+        return [worker for worker in self._workers.values() if worker.pool == pool and worker.ready]
+
+    def ready(self, pool: Pool) -> bool:
+        """Whether a pool has a worker that takes new requests."""
+        return any(worker.pool == pool and worker.ready for worker in self._workers.values())
+
+    def statuses(self) -> list[GetWorkerStatusResponse]:
+        """What each worker last said of itself; STOPPED where it does not answer any more."""
+        answers: list[GetWorkerStatusResponse] = []
+        for worker in self._workers.values():
+            status = GetWorkerStatusResponse()
+            status.CopyFrom(worker.status)
+            if worker.draining:
+                status.state = WorkerState.WORKER_STATE_DRAINING
+            elif not worker.answers and status.state == WorkerState.WORKER_STATE_READY:
+                status.state = WorkerState.WORKER_STATE_STOPPED
+                status.activity = "does not answer"
+            answers.append(status)
+        return answers
+
+    def subscribe(self, changed: Callable[[], None], removed: Callable[[str], None] | None = None) -> None:
+        """Have `changed` called when readiness or slots change, `removed` with the id of one that goes."""
+        self._changed.append(changed)
+        if removed is not None:
+            self._removed.append(removed)
+
+    def doubt(self, workers: Iterable[Worker]) -> None:
+        """A request has failed at these: they get nothing more until they have answered a status call."""
+        for worker in workers:
+            worker.doubt()
+        self._tell()
+
+    async def close(self) -> None:
+        """Forget all workers and wait until their channels are closed."""
+        watchers = tuple(self._watchers.values())
+        for worker_id in tuple(self._workers):
+            self.remove(worker_id)
+        await asyncio.gather(*watchers, *self._closing, return_exceptions=True)
+
+    def _tell(self) -> None:
+        for callback in self._changed:
+            callback()
+
+    async def _watch(self, worker: Worker) -> None:
+        """Ask one worker for its status for as long as it is known."""
+        while True:
+            worker.ask.clear()
+            before = (worker.ready, worker.status.slots)
+            try:
+                worker.status = await worker.service.GetWorkerStatus(
+                    GetWorkerStatusRequest(), timeout=self._lost_seconds
+                )
+                worker.answers = True
+            except grpc.aio.AioRpcError as error:
+                self._unanswered(worker, error)
+            if (worker.ready, worker.status.slots) != before:
+                log.info("worker %s: %s", worker.worker_id, "ready" if worker.ready else "not ready")
+                self._tell()
+            try:
+                async with asyncio.timeout(self._poll_seconds):
+                    await worker.ask.wait()
+            except TimeoutError:
+                pass
+
+    def _unanswered(self, worker: Worker, error: grpc.aio.AioRpcError) -> None:
+        worker.answers = False
+        fault = fault_of_call(worker.worker_id, error)
+        if isinstance(fault, WorkerLostError):
+            # A process that hangs breaks no connection: its streams would wait for ever.
+            worker.give_up_streams(fault)

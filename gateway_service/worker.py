@@ -1,0 +1,69 @@
+"""A worker as the gateway knows it: where it is, what it last said, and what the gateway holds there."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from kvrelay.rpc import CHANNEL_OPTIONS
+from kvrelay.v1.decode_pb2_grpc import DecodeServiceStub
+from kvrelay.v1.prefill_pb2_grpc import PrefillServiceStub
+from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
+from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
+
+from gateway_service.stream import WorkerError, WorkerStream
+
+# A restarted worker often has its old address: gRPC's own back-off of up to two minutes would hide it.
+OPTIONS: tuple[tuple[str, int], ...] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class Worker:
+    """One worker of a pool, with one channel to it."""
+
+    def __init__(self, pool: Pool, worker_id: str, address: str) -> None:
+        self.pool = pool
+        self.worker_id = worker_id
+        self.address = address
+        self.in_flight = 0
+        """Places taken here and not given back."""
+        self.draining = False
+        self.answers = False
+        """Whether the last status call was answered."""
+        self.status = GetWorkerStatusResponse(
+            worker_id=worker_id, pool=pool, state=WorkerState.WORKER_STATE_STARTING
+        )
+        self.streams: set[WorkerStream[Any]] = set()
+        self.ask = asyncio.Event()
+        """Set to have the status asked for at once."""
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self.decode: Any = DecodeServiceStub(self._channel)
+        self.prefill: Any = PrefillServiceStub(self._channel)
+        self.service: Any = WorkerServiceStub(self._channel)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes new requests."""
+        return self.answers and not self.draining and self.status.state == WorkerState.WORKER_STATE_READY
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a place is free; a worker that tells no number of slots bounds itself."""
+        return not self.status.slots or self.in_flight < self.status.slots
+
+    def doubt(self) -> None:
+        """Take it as not ready until it answers the next status call."""
+        self.answers = False
+        self.ask.set()
+
+    def give_up_streams(self, fault: WorkerError) -> None:
+        """End what is open here, so that the requests go on elsewhere."""
+        for stream in tuple(self.streams):
+            stream.give_up(fault)
+
+    async def close(self) -> None:
+        """Give up the channel."""
+        await self._channel.close()

@@ -1,0 +1,1 @@
+"""Kernels for ordinary processors: Numba loops around explicit LLVM vector code; the default that a newcomer meets."""

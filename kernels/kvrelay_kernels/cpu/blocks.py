@@ -1,0 +1,206 @@
+"""Reading and writing KV blocks, as Numba intrinsics.
+
+`cache` is the arena as one flat array, bytes for codes and float32 for unquantized blocks (`bits` 0); places
+in it are counted in its items. `bits`, `group`, `dim` and `heads` are constants. A key is widened in
+registers to scale * code + bias, once for all query heads that share it.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from kvrelay_kernels.cpu import vector
+from kvrelay_kernels.cpu.vector import BYTE, FLOAT, HALF, INT, Registers, emitted
+
+TOGETHER = 4
+"""Query heads whose sums are held in registers at once."""
+
+
+def chunk_of(dim: int, bits: int, group: int) -> int:
+    """Elements of a head that are read as one vector: a group, or what divides the head where there is none."""
+    if bits:
+        return group
+    return next(lanes for lanes in (64, 32, 16, 8, 4, 2, 1) if dim % lanes == 0)
+
+
+class _Side:
+    """Where one kv head's K or V of a block lies, and how to read token by token."""
+
+    def __init__(
+        self, context: Any, builder: Any, cache: tuple[Any, Any], at: list[Any], consts: list[Any]
+    ) -> None:
+        self.bits, self.group, self.dim = (const.literal_value for const in consts)
+        self.chunk = chunk_of(self.dim, self.bits, self.group)
+        self.builder, self.word = builder, at[0].type
+        kind, array = cache
+        self.codes, self.scales, self.biases = (
+            vector.element(context, builder, kind, array, place, BYTE if self.bits else FLOAT) for place in at
+        )
+
+    def read(self, token: Any, number: int) -> Any:
+        """Chunk `number` of a token as float32; of 4-bit codes, even elements first."""
+        builder, word = self.builder, self.word
+        if not self.bits:
+            index = builder.add(builder.mul(token, word(self.dim)), word(number * self.chunk))
+            return vector.load(builder, vector.offset(builder, self.codes, index, FLOAT), self.chunk)
+        size = self.dim * self.bits // 8
+        index = builder.add(builder.mul(token, word(size)), word(number * self.chunk * self.bits // 8))
+        codes = vector.widen(builder, vector.offset(builder, self.codes, index, BYTE), self.chunk, self.bits)
+        which = builder.add(builder.mul(token, word(self.dim // self.group)), word(number))
+        scale, bias = (
+            builder.fpext(builder.load(vector.offset(builder, side, which, HALF), align=2), FLOAT)
+            for side in (self.scales, self.biases)
+        )
+        return vector.multiply_add(
+            builder, codes, vector.splat(builder, scale, self.chunk), vector.splat(builder, bias, self.chunk)
+        )
+
+
+@emitted
+def score_tokens(
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, q: Any, out: Any, target: Any,
+    pitch: Any, bits: Any, group: Any, dim: Any, heads: Any,
+) -> Any:  # fmt: skip
+    """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens; q is `[heads, dim]` in reading order."""
+    heads_ = heads.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cache_, codes_, scales_, biases_, count_, q_, out_, target_, pitch_, *_ = args
+        kinds, word = signature.args, count_.type
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        q_at = vector.element(context, builder, kinds[5], q_, word(0), FLOAT)
+        out_at = vector.element(context, builder, kinds[6], out_, target_, FLOAT)
+        with vector.loop(builder, word(0), count_) as token:
+            sums: list[Any] = [None] * heads_
+            for number in range(side.dim // side.chunk):
+                key = side.read(token, number)
+                for head in range(heads_):
+                    place = vector.offset(builder, q_at, word(head * side.dim + number * side.chunk), FLOAT)
+                    part = vector.load(builder, place, side.chunk)
+                    before = sums[head]
+                    sums[head] = (
+                        builder.fmul(key, part)
+                        if before is None
+                        else vector.multiply_add(builder, key, part, before)
+                    )
+            for head in range(heads_):
+                index = builder.add(builder.mul(pitch_, word(head)), token)
+                builder.store(vector.total(builder, sums[head]), vector.offset(builder, out_at, index, FLOAT))
+        return context.get_dummy_value()
+
+    whole = (types.intp,) * 4
+    return types.void(cache, *whole, q, out, types.intp, types.intp, bits, group, dim, heads), generate
+
+
+@emitted
+def weigh_values(
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, p: Any, first: Any, pitch: Any,
+    out: Any, target: Any, bits: Any, group: Any, dim: Any, heads: Any,
+) -> Any:  # fmt: skip
+    """`out[target:] += sum over t of p[first + h * pitch + t] * value t`, `[heads, dim]` in reading order."""
+    heads_ = heads.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cache_, codes_, scales_, biases_, count_, p_, first_, pitch_, out_, target_, *_ = args
+        kinds, word = signature.args, count_.type
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        p_at = vector.element(context, builder, kinds[5], p_, first_, FLOAT)
+        out_at = vector.element(context, builder, kinds[8], out_, target_, FLOAT)
+        for number in range(side.dim // side.chunk):
+            for start in range(0, heads_, TOGETHER):
+                some = range(start, min(start + TOGETHER, heads_))
+                places = [word(head * side.dim + number * side.chunk) for head in some]
+                lines = [vector.offset(builder, out_at, place, FLOAT) for place in places]
+                sums = Registers(builder, len(some), side.chunk)
+                for slot, line in enumerate(lines):
+                    sums[slot] = vector.load(builder, line, side.chunk)
+                with vector.loop(builder, word(0), count_) as token:
+                    value = side.read(token, number)
+                    for slot, head in enumerate(some):
+                        index = builder.add(builder.mul(pitch_, word(head)), token)
+                        weight = builder.load(vector.offset(builder, p_at, index, FLOAT), align=4)
+                        weight = vector.splat(builder, weight, side.chunk)
+                        sums[slot] = vector.multiply_add(builder, value, weight, sums[slot])
+                for slot, line in enumerate(lines):
+                    vector.store(builder, sums[slot], line)
+        return context.get_dummy_value()
+
+    whole = (types.intp,) * 4
+    constants = (bits, group, dim, heads)
+    return types.void(cache, *whole, p, types.intp, types.intp, out, types.intp, *constants), generate
+
+
+@emitted
+def expand_tokens(
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, out: Any, target: Any, pitch: Any,
+    bits: Any, group: Any, dim: Any,
+) -> Any:  # fmt: skip
+    """`count` tokens as float32 in their own order, `out` rows `pitch` apart from `target` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cache_, codes_, scales_, biases_, count_, out_, target_, pitch_, *_ = args
+        kinds, word = signature.args, count_.type
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        out_at = vector.element(context, builder, kinds[5], out_, target_, FLOAT)
+        with vector.loop(builder, word(0), count_) as token:
+            for number in range(side.dim // side.chunk):
+                value = side.read(token, number)
+                if side.bits == 4:
+                    value = vector.interleave(builder, value)
+                index = builder.add(builder.mul(token, pitch_), word(number * side.chunk))
+                vector.store(builder, value, vector.offset(builder, out_at, index, FLOAT))
+        return context.get_dummy_value()
+
+    whole = (types.intp,) * 4
+    return types.void(cache, *whole, out, types.intp, types.intp, bits, group, dim), generate
+
+
+@emitted
+def quantize_group(
+    typing: Any, values: Any, first: Any, cache: Any, codes: Any, scale: Any, bias: Any, bits: Any, group: Any
+) -> Any:
+    """Quantize one group as `quant.affine.quantize` defines it; NaN goes into the scale, so that it comes out again."""
+    bits_, lanes = bits.literal_value, group.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values_, first_, cache_, codes_, scale_, bias_, *_ = args
+        kinds, kind = signature.args, ir.VectorType(FLOAT, lanes)
+        x = vector.load(builder, vector.element(context, builder, kinds[0], values_, first_, FLOAT), lanes)
+        low, high = vector.extreme(builder, x, "fmin"), vector.extreme(builder, x, "fmax")
+        unordered = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(lanes))
+        broken = builder.icmp_unsigned("!=", unordered, ir.IntType(lanes)(0))
+        low = builder.select(broken, FLOAT(float("nan")), low)
+        steps = builder.fdiv(builder.fsub(high, low), FLOAT(float(2**bits_ - 1)))
+        pair = [builder.fptrunc(number, HALF) for number in (steps, low)]
+        for number, place in zip(pair, (scale_, bias_), strict=True):
+            at = vector.element(context, builder, kinds[2], cache_, place, BYTE)
+            builder.store(number, builder.bitcast(at, HALF.as_pointer()), align=2)
+        step, base = (builder.fpext(number, FLOAT) for number in pair)
+        flat = builder.fcmp_ordered("==", step, FLOAT(0.0))
+        divisor = vector.splat(builder, builder.select(flat, FLOAT(1.0), step), lanes)
+        distance = builder.fdiv(builder.fsub(x, vector.splat(builder, base, lanes)), divisor)
+        rounded = vector.nearest(builder, distance)
+        top, zero = vector.splat(builder, FLOAT(float(2**bits_ - 1)), lanes), ir.Constant(kind, None)
+        rounded = builder.select(builder.fcmp_ordered("<", rounded, top), rounded, top)
+        # Ordered comparison: NaN becomes code 0 here, before the conversion that it would make undefined.
+        rounded = builder.select(builder.fcmp_ordered(">", distance, zero), rounded, zero)
+        rounded = builder.select(vector.splat(builder, flat, lanes), zero, rounded)
+        octets = builder.trunc(builder.fptosi(rounded, ir.VectorType(INT, lanes)), ir.VectorType(BYTE, lanes))
+        if bits_ == 4:
+            even, odd = (
+                builder.shuffle_vector(
+                    octets,
+                    octets,
+                    ir.Constant(
+                        ir.VectorType(INT, lanes // 2), [INT(2 * i + side) for i in range(lanes // 2)]
+                    ),
+                )
+                for side in (0, 1)
+            )
+            octets = builder.or_(even, builder.shl(odd, vector.splat(builder, BYTE(4), lanes // 2)))
+        at = vector.element(context, builder, kinds[2], cache_, codes_, BYTE)
+        builder.store(octets, builder.bitcast(at, octets.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, cache, types.intp, types.intp, types.intp, bits, group), generate

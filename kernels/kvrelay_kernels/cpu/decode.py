@@ -1,0 +1,150 @@
+"""Attention of sequences that bring one new row: straight from the quantized blocks, split along the keys."""
+
+from collections.abc import Callable
+from functools import cache as once
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from kvrelay_kernels.cpu.blocks import chunk_of, score_tokens, weigh_values
+from kvrelay_kernels.cpu.products import share
+from kvrelay_kernels.cpu.softmax import exponentials, largest
+from kvrelay_kernels.quant import BLOCK_TOKENS
+
+SPLIT = 2 * BLOCK_TOKENS
+"""Keys of one task. A split begins at a multiple of this, so that its result depends on the sequence alone."""
+
+
+@once
+def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., None]:
+    """The kernel for one cache format, head dimension and number of query heads a kv head."""
+    size = dim * bits // 8 if bits else dim
+    pair = 2 * (dim // group) if bits else 0
+    chunk = chunk_of(dim, bits, group)
+    stripes = 2 if bits == 4 else 1
+    part = chunk // stripes
+
+    @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+    def decode(
+        q: Any, row_starts: Any, lengths: Any, tables: Any, cache: Any, base: int, stride: int, places: Any,
+        kv_heads: int, window: int, scale: Any, out: Any, tally: Any, threads: int,
+    ) -> None:  # fmt: skip
+        sequences = len(lengths)
+        starts = np.zeros(sequences + 1, np.int64)
+        opens = np.zeros(sequences, np.int64)
+        for s in range(sequences):
+            tasks = 0
+            if row_starts[s + 1] - row_starts[s] == 1:
+                opens[s] = max(0, lengths[s] - window)
+                tasks = ((lengths[s] - 1) // SPLIT - opens[s] // SPLIT + 1) * kv_heads
+                skipped = opens[s] // BLOCK_TOKENS
+                tally[0] += (lengths[s] - 1) // BLOCK_TOKENS + 1 - skipped
+                tally[1] += skipped
+            starts[s + 1] = starts[s] + tasks
+        total = starts[sequences]
+        if total == 0:
+            return
+        sums = np.zeros((total, heads, dim), np.float32)
+        tops = np.empty((total, heads), np.float32)
+        weights = np.empty((total, heads), np.float32)
+        for thread in prange(threads):
+            query = np.empty(heads * dim, np.float32)
+            scores = np.empty(heads * SPLIT, np.float32)
+            first, last = share(total, thread, threads)
+            s = 0
+            for task in range(first, last):
+                while task >= starts[s + 1]:
+                    s += 1
+                splits = (starts[s + 1] - starts[s]) // kv_heads
+                head, split = divmod(task - starts[s], splits)
+                begin = (opens[s] // SPLIT + split) * SPLIT
+                at = (row_starts[s] * kv_heads + head) * heads * dim
+                for number in range(heads * dim // chunk):
+                    for stripe in range(stripes):
+                        for i in range(part):
+                            query[number * chunk + stripe * part + i] = q[
+                                at + number * chunk + i * stripes + stripe
+                            ]
+                scores[:] = -np.inf
+                for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
+                    skip = max(0, opens[s] - key)
+                    count = min(BLOCK_TOKENS, lengths[s] - key) - skip
+                    if count > 0:
+                        block = base + tables[s, key // BLOCK_TOKENS] * stride
+                        token = head * BLOCK_TOKENS + skip
+                        codes, scales = block + places[0] + token * size, block + places[1] + token * pair
+                        biases = block + places[2] + token * pair
+                        target = key - begin + skip
+                        score_tokens(
+                            cache,
+                            codes,
+                            scales,
+                            biases,
+                            count,
+                            query,
+                            scores,
+                            target,
+                            SPLIT,
+                            bits,
+                            group,
+                            dim,
+                            heads,
+                        )
+                for h in range(heads):
+                    line = h * SPLIT
+                    top = max(largest(scores, line), largest(scores, line + BLOCK_TOKENS)) * scale
+                    weights[task, h] = exponentials(scores, line, scale, top)
+                    weights[task, h] += exponentials(scores, line + BLOCK_TOKENS, scale, top)
+                    tops[task, h] = top
+                for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
+                    skip = max(0, opens[s] - key)
+                    count = min(BLOCK_TOKENS, lengths[s] - key) - skip
+                    if count > 0:
+                        block = base + tables[s, key // BLOCK_TOKENS] * stride
+                        token = head * BLOCK_TOKENS + skip
+                        codes, scales = block + places[3] + token * size, block + places[4] + token * pair
+                        biases = block + places[5] + token * pair
+                        p, target = key - begin + skip, task * heads * dim
+                        weigh_values(
+                            cache,
+                            codes,
+                            scales,
+                            biases,
+                            count,
+                            scores,
+                            p,
+                            SPLIT,
+                            sums,
+                            target,
+                            bits,
+                            group,
+                            dim,
+                            heads,
+                        )
+        merged = np.empty(dim, np.float32)
+        for s in range(sequences):
+            splits = (starts[s + 1] - starts[s]) // kv_heads
+            if splits == 0:
+                continue
+            for head in range(kv_heads):
+                first = starts[s] + head * splits
+                for h in range(heads):
+                    top = tops[first, h]
+                    for task in range(first + 1, first + splits):
+                        top = max(top, tops[task, h])
+                    weight = np.float32(0)
+                    merged[:] = 0
+                    for task in range(first, first + splits):
+                        share_ = np.float32(np.exp(tops[task, h] - top))
+                        weight += share_ * weights[task, h]
+                        for i in range(dim):
+                            merged[i] += share_ * sums[task, h, i]
+                    to = ((row_starts[s] * kv_heads + head) * heads + h) * dim
+                    for number in range(dim // chunk):
+                        for stripe in range(stripes):
+                            for i in range(part):
+                                value = merged[number * chunk + stripe * part + i] / weight
+                                out[to + number * chunk + i * stripes + stripe] = value
+
+    return decode

@@ -1,0 +1,274 @@
+"""Matrix products on packed weights: widened in registers for few rows, through scratch panels for many."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from kvrelay_kernels.cpu.tiles import PANEL, accumulate, expand, product
+from kvrelay_kernels.cpu.vector import host_registers
+
+LANES, REGISTERS = host_registers()
+MOST_ROWS = 8 if LANES == 16 else 2
+"""Rows whose sums fit in registers beside one panel."""
+TILE_ROWS = 6
+TILE_LANES = 64 if LANES == 16 else 16
+WIDE = 2 * PANEL
+DEPTH = 128
+"""Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
+
+
+@njit(nogil=True, inline="always")
+def share(count: int, part: int, parts: int) -> tuple[int, int]:
+    """First and last + 1 of `count` items that fall to one of `parts` threads."""
+    return count * part // parts, count * (part + 1) // parts
+
+
+def _few(bits: int) -> Callable[..., None]:
+    most = MOST_ROWS
+
+    @njit(parallel=True, nogil=True, cache=True)
+    def few_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
+        rows, columns = x.shape
+        panels, width = out.shape[1] // PANEL, out.shape[1]
+        for thread in prange(threads):
+            panel, last = share(panels, thread, threads)
+            while panel < last:
+                start = panel * PANEL
+                if rows == 1 and panel + 1 < last:
+                    product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 2)
+                    panel += 2
+                    continue
+                row = 0
+                while rows - row >= most:
+                    at, to = row * columns, row * width + start
+                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, most, 1)
+                    row += most
+                if most > 4 and rows - row >= 4:
+                    at, to = row * columns, row * width + start
+                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 4, 1)
+                    row += 4
+                if most > 2 and rows - row >= 2:
+                    at, to = row * columns, row * width + start
+                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 2, 1)
+                    row += 2
+                if rows - row == 1:
+                    at, to = row * columns, row * width + start
+                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 1, 1)
+                panel += 1
+
+    return few_rows
+
+
+@njit(nogil=True, cache=True)
+def multiply(
+    x: Any,
+    first: int,
+    stride: int,
+    w: Any,
+    start: int,
+    width: int,
+    out: Any,
+    target: int,
+    pitch: int,
+    rows: int,
+    depth: int,
+    lanes: int,
+    fresh: bool,
+) -> None:
+    """`out[rows, lanes] (+)= x[rows, depth] @ w[depth, lanes]`; lanes a multiple of `TILE_LANES`."""
+    for lane in range(0, lanes, TILE_LANES):
+        at, to = start + lane, target + lane
+        if fresh:
+            row = 0
+            while rows - row >= TILE_ROWS:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    TILE_ROWS,
+                    TILE_LANES,
+                    True,
+                )
+                row += TILE_ROWS
+            if rows - row >= 4:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    4,
+                    TILE_LANES,
+                    True,
+                )
+                row += 4
+            if rows - row >= 2:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    2,
+                    TILE_LANES,
+                    True,
+                )
+                row += 2
+            if rows - row == 1:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    1,
+                    TILE_LANES,
+                    True,
+                )
+        else:
+            row = 0
+            while rows - row >= TILE_ROWS:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    TILE_ROWS,
+                    TILE_LANES,
+                    False,
+                )
+                row += TILE_ROWS
+            if rows - row >= 4:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    4,
+                    TILE_LANES,
+                    False,
+                )
+                row += 4
+            if rows - row >= 2:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    2,
+                    TILE_LANES,
+                    False,
+                )
+                row += 2
+            if rows - row == 1:
+                accumulate(
+                    x,
+                    first + row * stride,
+                    stride,
+                    w,
+                    at,
+                    width,
+                    out,
+                    to + row * pitch,
+                    pitch,
+                    depth,
+                    1,
+                    TILE_LANES,
+                    False,
+                )
+
+
+def _many(bits: int) -> Callable[..., None]:
+    @njit(parallel=True, nogil=True, cache=True)
+    def many_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
+        rows, columns = x.shape
+        width = out.shape[1]
+        for thread in prange(threads):
+            scratch = np.empty(DEPTH * WIDE + 16, np.float32)
+            skew = (64 - scratch.ctypes.data % 64) // 4 % 16
+            top, bottom = share(rows, thread, threads)
+            for panel in range(0, width // PANEL, 2):
+                for begin in range(0, columns, DEPTH):
+                    end = min(begin + DEPTH, columns)
+                    column = begin
+                    while column < end:
+                        stop = min((column // group + 1) * group, end)
+                        at = skew + (column - begin) * WIDE
+                        expand(codes, affine, panel, columns, group, column, stop, scratch, at, WIDE, bits)
+                        expand(
+                            codes,
+                            affine,
+                            panel + 1,
+                            columns,
+                            group,
+                            column,
+                            stop,
+                            scratch,
+                            at + PANEL,
+                            WIDE,
+                            bits,
+                        )
+                        column = stop
+                    multiply(
+                        x,
+                        top * columns + begin,
+                        columns,
+                        scratch,
+                        skew,
+                        WIDE,
+                        out,
+                        top * width + panel * PANEL,
+                        width,
+                        bottom - top,
+                        end - begin,
+                        WIDE,
+                        begin == 0,
+                    )
+
+    return many_rows
+
+
+FEW_ROWS = {bits: _few(bits) for bits in (4, 8, 32)}
+MANY_ROWS = {bits: _many(bits) for bits in (4, 8, 32)}

@@ -1,0 +1,184 @@
+"""Building blocks of LLVM IR on generic vectors, which LLVM lowers alike to AVX-512, AVX2 and NEON.
+
+Numba's own vectorizer leaves loops over packed 4-bit codes scalar (a tenth of the speed), so the
+innermost tiles are emitted with these. Vectors are wider than a register on purpose: LLVM splits them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+FLOAT = ir.FloatType()
+HALF = ir.HalfType()
+BYTE = ir.IntType(8)
+INT = ir.IntType(32)
+
+
+def emitted(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Numba function of `build(typing, *argument types)`, which returns its signature and its emitter."""
+    return intrinsic(prefer_literal=True)(build)
+
+
+def host_registers() -> tuple[int, int]:
+    """`(float32 lanes, vector registers)` of this processor."""
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    if features.get("avx2"):
+        return 8, 16
+    return (4, 32) if "neon" in features or "fp-armv8" in features else (4, 16)
+
+
+def element(context: Any, builder: Any, array_type: Any, array: Any, index: Any, kind: ir.Type) -> Any:
+    """Pointer to element `index` of an array's memory, counted in items of `kind` (views are contiguous)."""
+    data = arrayobj.make_array(array_type)(context, builder, array).data
+    return offset(builder, data, index, kind)
+
+
+def offset(builder: Any, pointer: Any, index: Any, kind: ir.Type) -> Any:
+    """`pointer + index` in items of `kind`."""
+    return builder.gep(builder.bitcast(pointer, kind.as_pointer()), [index])
+
+
+def load(builder: Any, pointer: Any, lanes: int, kind: ir.Type = FLOAT) -> Any:
+    """`lanes` neighbouring items as one vector; halves are widened to float32."""
+    at = builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer())
+    value = builder.load(at, align=1 if kind == BYTE else 2 if kind == HALF else 4)
+    return builder.fpext(value, ir.VectorType(FLOAT, lanes)) if kind == HALF else value
+
+
+def store(builder: Any, value: Any, pointer: Any) -> None:
+    """Write a vector of float32 to neighbouring items."""
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
+
+
+def splat(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector with `value` in every lane."""
+    kind = ir.VectorType(value.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT(0))
+    return builder.shuffle_vector(
+        first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), None)
+    )
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """`a * b + c`, fused where the processor can."""
+    lanes = a.type.count
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{lanes}f32"), [a, b, c]
+    )
+
+
+def total(builder: Any, value: Any) -> Any:
+    """The sum of all lanes, as a tree."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, value.type])
+    name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [FLOAT(0.0), value], fastmath=("reassoc",))
+
+
+def widen(builder: Any, pointer: Any, lanes: int, bits: int) -> Any:
+    """`lanes` codes at `pointer` as float32; of 4-bit codes, first all low nibbles, then all high ones."""
+    if bits == 8:
+        codes = load(builder, pointer, lanes, BYTE)
+        return builder.uitofp(builder.zext(codes, ir.VectorType(INT, lanes)), ir.VectorType(FLOAT, lanes))
+    half = ir.VectorType(INT, lanes // 2)
+    octets = builder.zext(load(builder, pointer, lanes // 2, BYTE), half)
+    low = builder.and_(octets, splat(builder, INT(15), lanes // 2))
+    high = builder.lshr(octets, splat(builder, INT(4), lanes // 2))
+    order = ir.Constant(ir.VectorType(INT, lanes), [INT(i) for i in range(lanes)])
+    # Codes are below 256, so a signed conversion, the one that every processor has, is exact.
+    return builder.sitofp(builder.shuffle_vector(low, high, order), ir.VectorType(FLOAT, lanes))
+
+
+@contextmanager
+def loop(builder: Any, start: Any, stop: Any) -> Iterator[Any]:
+    """A counted loop from `start` to `stop`; yields the index."""
+    with cgutils.for_range(builder, stop, start=start) as counter:
+        yield counter.index
+
+
+def unrolled(builder: Any, start: Any, stop: Any, times: int, body: Callable[[Any], None]) -> None:
+    """`body(index)` for each index, `times` of them in one turn of the loop and the rest one by one."""
+    kind = start.type
+    turns = builder.sdiv(builder.sub(stop, start), kind(times))
+    with cgutils.for_range(builder, turns) as counter:
+        base = builder.add(start, builder.mul(counter.index, kind(times)))
+        for step in range(times):
+            body(builder.add(base, kind(step)))
+    with loop(builder, builder.add(start, builder.mul(turns, kind(times))), stop) as index:
+        body(index)
+
+
+class Registers:
+    """Vectors that live across a loop: stack slots that LLVM turns into registers."""
+
+    def __init__(self, builder: Any, count: int, lanes: int) -> None:
+        self.builder = builder
+        self.slots = [cgutils.alloca_once(builder, ir.VectorType(FLOAT, lanes)) for _ in range(count)]
+        self.kind = ir.VectorType(FLOAT, lanes)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.builder.load(self.slots[index])
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.builder.store(value, self.slots[index])
+
+    def clear(self) -> None:
+        """Zero in all of them."""
+        for slot in self.slots:
+            self.builder.store(ir.Constant(self.kind, None), slot)
+
+
+def exponential(builder: Any, x: Any) -> Any:
+    """e^x within 2 ulp: x = n ln 2 + r, a polynomial in r (Cephes' expf), n into the exponent; 0 below -87.
+
+    NaN stays NaN: the rounding to n is done by adding 1.5 * 2^23, never by a conversion to integers.
+    """
+    lanes = x.type.count
+    kind, whole = x.type, ir.VectorType(INT, lanes)
+
+    def constant(value: float) -> Any:
+        return ir.Constant(kind, [FLOAT(value)] * lanes)
+
+    high = builder.select(builder.fcmp_ordered(">", x, constant(88.0)), constant(88.0), x)
+    shifted = multiply_add(builder, high, constant(1.4426950408889634), constant(12582912.0))
+    n = builder.fsub(shifted, constant(12582912.0))
+    r = multiply_add(builder, n, constant(-0.693359375), high)
+    r = multiply_add(builder, n, constant(2.12194440e-4), r)
+    y = constant(1.9875691500e-4)
+    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = multiply_add(builder, y, r, constant(term))
+    y = builder.fadd(multiply_add(builder, y, builder.fmul(r, r), r), constant(1.0))
+    power = builder.shl(builder.bitcast(shifted, whole), splat(builder, INT(23), lanes))
+    power = builder.bitcast(builder.add(power, splat(builder, INT(127 << 23), lanes)), kind)
+    return builder.select(
+        builder.fcmp_ordered("<", x, constant(-87.0)), constant(0.0), builder.fmul(y, power)
+    )
+
+
+def extreme(builder: Any, value: Any, which: str) -> Any:
+    """The smallest (`fmin`) or largest (`fmax`) lane; NaN lanes are passed over."""
+    kind = ir.FunctionType(FLOAT, [value.type])
+    name = f"llvm.vector.reduce.{which}.v{value.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])
+
+
+def interleave(builder: Any, value: Any) -> Any:
+    """Lanes of the first and second half in turn: undoes the order of `widen`'s nibbles."""
+    half = value.type.count // 2
+    order = [INT(lane // 2 + (lane % 2) * half) for lane in range(2 * half)]
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT, 2 * half), order))
+
+
+def nearest(builder: Any, value: Any) -> Any:
+    """Each lane rounded to an integer, halves to even."""
+    kind = ir.FunctionType(value.type, [value.type])
+    name = f"llvm.nearbyint.v{value.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])

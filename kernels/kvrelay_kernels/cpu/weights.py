@@ -1,0 +1,116 @@
+"""Weights as the CPU's products read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrelay_kernels.cpu.tiles import PANEL
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.interface import HostWeight, WeightMode
+from kvrelay_kernels.quant.weights import AffineWeight, concatenate, quantize_weight
+
+CACHE_LINE = 64
+WEIGHT_GROUPS = (32, 64)
+MODE_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A matrix `[rows, columns]` in panels of `PANEL` rows, an even number of them, zeros below the last row.
+
+    `codes` is `[panels, columns, PANEL]` float32 or uint8; of 4-bit codes `[panels, columns, PANEL / 2]`, the
+    panel's first half in the low nibbles. `affine` is `[panels, columns / group, 2, PANEL]`: scales, then
+    biases, float32 or, where that loses nothing, float16 seen as uint16.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    codes: NDArray[Any]
+    affine: NDArray[Any]
+    bias: NDArray[np.float32] | None
+
+    @property
+    def width(self) -> int:
+        """Rows of the matrix with the padding below them."""
+        return self.codes.shape[0] * PANEL
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.codes.nbytes + self.affine.nbytes
+
+
+def aligned(shape: tuple[int, ...], dtype: Any, zero: bool = False) -> NDArray[Any]:
+    """An array that starts on a cache line; pages are not touched before they are used."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = (np.zeros if zero else np.empty)(nbytes + CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _panels(rows: NDArray[Any], panels: int) -> NDArray[Any]:
+    """`[rows, n]` as `[panels, n, PANEL]`, zeros below the last row."""
+    packed = aligned((panels, rows.shape[1], PANEL), rows.dtype, zero=True)
+    full = len(rows) // PANEL
+    packed[:full] = rows[: full * PANEL].reshape(full, PANEL, -1).transpose(0, 2, 1)
+    if len(rows) % PANEL:
+        packed[full, :, : len(rows) % PANEL] = rows[full * PANEL :].T
+    return packed
+
+
+def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    codes = _panels(weight.codes, panels)
+    if weight.bits == 4:
+        halves = aligned((panels, weight.shape[1], PANEL // 2), np.uint8)
+        np.bitwise_or(codes[..., : PANEL // 2], codes[..., PANEL // 2 :] << 4, out=halves)
+        codes = halves
+    with np.errstate(over="ignore"):
+        fits = all(np.array_equal(a.astype(np.float16), a) for a in (weight.scales, weight.biases))
+    kind = np.float16 if fits else np.float32
+    affine = aligned((panels, weight.scales.shape[1], 2, PANEL), kind)
+    affine[:, :, 0] = _panels(weight.scales.astype(kind), panels)
+    affine[:, :, 1] = _panels(weight.biases.astype(kind), panels)
+    return codes, affine.view(np.uint16) if fits else affine
+
+
+def _requantize(part: HostWeight, bits: int) -> AffineWeight:
+    if isinstance(part, AffineWeight) and part.bits == bits:
+        return part
+    values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
+    fitting = [group for group in WEIGHT_GROUPS if values.shape[1] % group == 0]
+    if not fitting:
+        raise FormatUnsupported(
+            f"{values.shape[1]} columns: no group of {WEIGHT_GROUPS} divides them; use mode float"
+        )
+    return quantize_weight(values, bits, fitting[0])
+
+
+def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None) -> PackedLinear:
+    """Pack the parts, rows below each other. Parts of mixed kinds become float32 together.
+
+    Raises:
+        FormatUnsupported: codes of an unknown width, or columns that no group divides.
+    """
+    if mode in MODE_BITS:
+        parts = [_requantize(part, MODE_BITS[mode]) for part in parts]
+    coded = [part for part in parts if isinstance(part, AffineWeight)]
+    columns = parts[0].shape[1]
+    rows = sum(part.shape[0] for part in parts)
+    panels = -(-rows // (2 * PANEL)) * 2
+    if mode != "float" and len(coded) == len(parts):
+        whole = concatenate(coded)
+        if not 1 <= whole.bits <= 8:
+            raise FormatUnsupported(f"weights of {whole.bits} bits")
+        bits, group = 4 if whole.bits <= 4 else 8, whole.group
+        codes, affine = _pack_affine(AffineWeight(whole.codes, whole.scales, whole.biases, bits), panels)
+    else:
+        values = [p.dequantize() if isinstance(p, AffineWeight) else np.asarray(p, np.float32) for p in parts]
+        bits, group, affine = 32, columns, np.zeros(1, np.float32)
+        codes = _panels(np.concatenate(values), panels)
+    offsets = None if bias is None else np.ascontiguousarray(bias, np.float32)
+    return PackedLinear(rows, columns, bits, group, codes, affine, offsets)

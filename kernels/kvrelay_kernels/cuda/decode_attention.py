@@ -1,0 +1,160 @@
+"""Launcher of the split-K decode attention kernel (`sources/decode_attention.cu`)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.interface import AttentionSpec
+from kvrelay_kernels.quant import BlockLayout
+
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_ROWS = 32
+LOG2_E = 1.4426950408889634
+
+Element16 = Literal["float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How the work is spread: chosen by measurement (docs/kernels.md)."""
+
+    warps: int = 8
+    stages: int = 4
+    """Tiles a warp holds in shared memory: one in work, the others on their way."""
+    tile: int = 16
+    """Tokens of one step of a warp."""
+    blocks_per_sm: int = 1
+    """Thread blocks wanted on one multiprocessor; fewer run where shared memory or registers do not allow them."""
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """What a kernel is compiled for."""
+
+    layout: BlockLayout
+    spec: AttentionSpec
+    element: Element16
+    """Type of queries and output, and of an uncoded cache."""
+    rows: int = 1
+    """Query rows of each sequence: its last tokens."""
+
+    def __post_init__(self) -> None:
+        fmt, spec = self.layout.format, self.spec
+        if self.layout.head_dim not in HEAD_DIMS:
+            raise FormatUnsupported(f"decode attention runs head dimensions {HEAD_DIMS}, not {self.layout.head_dim}")
+        if fmt.bits not in (0, 4, 8):
+            raise FormatUnsupported(f"decode attention on CUDA cannot read the format {fmt.name}")
+        if not fmt.quantized and fmt.element != self.element:
+            raise FormatUnsupported(f"a cache of {fmt.element} does not go with {self.element} queries")
+        if (spec.kv_heads, spec.head_dim) != (self.layout.kv_heads, self.layout.head_dim):
+            raise FormatUnsupported(f"{spec} does not fit {self.layout}")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise FormatUnsupported(f"decode attention takes 1 to {MAX_ROWS} query rows, not {self.rows}")
+
+    @property
+    def queries(self) -> int:
+        """Queries that share a KV head."""
+        return self.rows * self.spec.heads // self.spec.kv_heads
+
+    @property
+    def query_tile(self) -> int:
+        """Queries a thread block works on at once: one or two columns of the matrix instruction."""
+        return 16 if self.queries > 8 and self.spec.head_dim <= 128 else 8
+
+    @property
+    def query_tiles(self) -> int:
+        """Passes over a KV head's blocks."""
+        return -(-self.queries // self.query_tile)
+
+    def constants(self, shape: LaunchShape) -> dict[str, int]:
+        """Macros of the kernel's source."""
+        fmt, spec = self.layout.format, self.spec
+        offsets = dict.fromkeys(("K_CODES", "K_SCALES", "K_BIASES", "V_CODES", "V_SCALES", "V_BIASES"), 0)
+        for frame in self.layout.frames:
+            offsets[frame.name.upper().replace("VALUES", "CODES")] = frame.offset
+        return offsets | {
+            "BITS": fmt.bits or 16,
+            "HEAD_DIM": spec.head_dim,
+            "GROUP": fmt.group or spec.head_dim,
+            "KV_HEADS": spec.kv_heads,
+            "HEADS_PER_KV": spec.heads // spec.kv_heads,
+            "ROWS": self.rows,
+            "QUERY_TILE": self.query_tile,
+            "BFLOAT": int(self.element == "bfloat16"),
+            "WARPS": shape.warps,
+            "STAGES": shape.stages,
+            "TILE": shape.tile,
+        }
+
+    def shared_bytes(self, shape: LaunchShape, sequences: int) -> int:
+        """Dynamic shared memory of a thread block; mirrors `decode_shape.cuh`."""
+        fmt, dim = self.layout.format, self.spec.head_dim
+        row = dim * (fmt.bits or 16) // 8
+        pitch = row if row // 16 % 2 else row + 16
+        scales = 4 * 2 * dim // fmt.group if fmt.quantized else 0
+        ring = shape.warps * shape.stages * shape.tile * (2 * pitch + scales)
+        area = shape.warps * min(self.queries, self.query_tile) * (dim + 4) * 4
+        return ring + area + 2 * shape.warps * self.query_tile * 4 + 4 * (sequences + 1)
+
+
+class DecodeAttention:
+    """Attention of a few query rows a sequence over a paged cache. One instance a problem; owns its workspace.
+
+    The workspace is sized for `sequences`; a call allocates nothing, so that it can be captured in a graph.
+    """
+
+    def __init__(
+        self,
+        problem: DecodeProblem,
+        sequences: int,
+        kernels: KernelCache,
+        shape: LaunchShape | None = None,
+    ) -> None:
+        import cupy
+        from cupy.cuda import driver
+
+        self.problem, self.sequences = problem, sequences
+        self.shape = shape or launch_shape(problem)
+        self._shared = problem.shared_bytes(self.shape, sequences)
+        key = KernelKey.of("decode_attention", problem.constants(self.shape), device_arch())
+        self._kernel = kernels.load(key, self._shared)
+        threads = 32 * self.shape.warps
+        fitting = driver.occupancyMaxActiveBlocksPerMultiprocessor(self._kernel.ptr, threads, self._shared)
+        if fitting == 0:
+            raise FormatUnsupported(f"{self.shape} needs {self._shared} bytes of shared memory")
+        processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self.blocks = processors * min(fitting, self.shape.blocks_per_sm)
+        tile, dim = problem.query_tile, problem.spec.head_dim
+        self._partials = cupy.empty((2 * self.blocks, tile, dim), np.float32)
+        self._stats = cupy.empty((2 * self.blocks, tile, 2), np.float32)
+        self._arrivals = cupy.zeros((sequences, problem.spec.kv_heads, problem.query_tiles), np.int32)
+
+    def __call__(self, q: Any, cache: Any, tables: Any, lengths: Any, out: Any) -> None:
+        """Write attention of `q` over `cache` to `out`, on CuPy's current stream.
+
+        Args:
+            q: `[sequences * rows, heads, head_dim]`, contiguous, 16-bit; row r of a sequence is its token
+                `lengths - rows + r`.
+            cache: one layer of the arena, `[blocks, block_bytes]` uint8.
+            tables: `[sequences, n]` int32, arena blocks in order; entries past a sequence's length are not read.
+            lengths: `[sequences]` int32 on the device; 0 for a slot that is free, whose output is zero.
+            out: as `q`.
+        """
+        sequences = lengths.shape[0]
+        if sequences > self.sequences:
+            raise ValueError(f"{sequences} sequences do not fit a workspace for {self.sequences}")
+        args = (
+            q, cache, np.uint64(self.problem.layout.block_bytes), tables, lengths, out,
+            self._partials, self._stats, self._arrivals,
+            np.int32(tables.strides[0] // 4), np.int32(sequences),
+            np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
+        )  # fmt: skip
+        self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
+
+
+def launch_shape(problem: DecodeProblem) -> LaunchShape:
+    """The measured choice for a problem (docs/kernels.md holds the sweep)."""
+    return LaunchShape(warps=4 if problem.spec.head_dim == 256 else 8, stages=3 if problem.layout.format.bits == 0 else 4)

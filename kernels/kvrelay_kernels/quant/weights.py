@@ -1,0 +1,76 @@
+"""Weights in affine form: what GGUF's block types become without losing a bit, and what float weights are rounded to."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """A matrix `[rows, columns]` with value = scale * code + bias, one scale and bias per `group` columns.
+
+    `codes` is uint8 `[rows, columns]` (unpacked; backends pack for their own reads), `scales` and
+    `biases` are float32 `[rows, columns / group]`.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    biases: NDArray[np.float32]
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix as float32 `[rows, columns]`."""
+        rows, columns = self.shape
+        values = self.codes.reshape(rows, -1, self.group).astype(np.float32)
+        values *= self.scales[..., None]
+        values += self.biases[..., None]
+        return values.reshape(rows, columns)
+
+    def regroup(self, group: int) -> "AffineWeight":
+        """The same matrix with a smaller group, scales repeated; lossless."""
+        if self.group == group:
+            return self
+        if self.group % group:
+            raise ValueError(f"a group of {self.group} cannot be cut into groups of {group}")
+        times = self.group // group
+        return AffineWeight(self.codes, self.scales.repeat(times, 1), self.biases.repeat(times, 1), self.bits)
+
+    def rows(self, order: NDArray[np.intp]) -> "AffineWeight":
+        """The matrix with its rows in `order`."""
+        return AffineWeight(self.codes[order], self.scales[order], self.biases[order], self.bits)
+
+
+def concatenate(parts: list[AffineWeight]) -> AffineWeight:
+    """Rows of all parts below each other, at the widest codes and the finest group among them; lossless."""
+    group = min(part.group for part in parts)
+    parts = [part.regroup(group) for part in parts]
+    return AffineWeight(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.biases for part in parts]),
+        max(part.bits for part in parts),
+    )
+
+
+def quantize_weight(values: NDArray[np.float32], bits: int, group: int) -> AffineWeight:
+    """Round `[rows, columns]` floats to `bits`-bit codes: bias = minimum, scale = range / (2^bits - 1)."""
+    rows, columns = values.shape
+    if columns % group:
+        raise ValueError(f"{columns} columns are not a multiple of the group of {group}")
+    groups = values.reshape(rows, -1, group)
+    low, high = groups.min(-1), groups.max(-1)
+    scales = ((high - low) / np.float32(2**bits - 1)).astype(np.float32)
+    divisor = np.where(scales == 0, np.float32(1), scales)[..., None]
+    codes = np.clip(np.rint((groups - low[..., None]) / divisor), 0, 2**bits - 1).astype(np.uint8)
+    return AffineWeight(codes.reshape(rows, columns), scales, low.astype(np.float32), bits)

@@ -1,0 +1,194 @@
+"""Every operation as its formula, in float64, one sequence and one head at a time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.interface import (
+    Activation,
+    AttentionSpec,
+    BlockCounts,
+    HostWeight,
+    RopeTable,
+    StepBatch,
+    WeightMode,
+)
+from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
+from kvrelay_kernels.quant.affine import dequantize, quantize
+from kvrelay_kernels.quant.formats import Element
+from kvrelay_kernels.quant.weights import quantize_weight
+
+Doubles = NDArray[np.float64]
+Matrix = tuple[Doubles, Doubles | None]
+MODE_BITS = {"int8": 8, "int4": 4}
+NAMES = ("codes", "scales", "biases")
+
+
+class ReferenceArena:
+    """Blocks as byte arrays."""
+
+    def __init__(self, layout: BlockLayout, layers: int, blocks: int) -> None:
+        self.layout, self.layers, self.blocks = layout, layers, blocks
+        self._bytes = np.zeros((layers, blocks, layout.block_bytes), np.uint8)
+
+    def read_block(self, layer: int, block: int) -> memoryview:
+        """A view of the block's bytes."""
+        return memoryview(self._bytes[layer, block]).toreadonly()
+
+    def write_block(self, layer: int, block: int, payload: memoryview) -> None:
+        """Copy a block's bytes in. Raises ValueError where their number is not the layout's."""
+        if payload.nbytes != self.layout.block_bytes:
+            raise ValueError(f"a block has {self.layout.block_bytes} bytes, not {payload.nbytes}")
+        self._bytes[layer, block] = np.frombuffer(payload, np.uint8)
+
+    def frame(self, layer: int, block: int, name: str) -> NDArray[Any]:
+        """One frame of a block, a writable view in its shape and type."""
+        frame = self.layout.frame(name)
+        data = self._bytes[layer, block, frame.offset : frame.offset + frame.nbytes]
+        return data.view(frame.dtype).reshape(frame.shape)
+
+    def put(self, layer: int, block: int, token: int, side: str, vectors: Doubles) -> None:
+        """Store one token's `[kv_heads, head_dim]` K or V."""
+        fmt = self.layout.format
+        if not fmt.quantized:
+            self.frame(layer, block, f"{side}_values")[:, token] = vectors
+            return
+        for name, part in zip(NAMES, quantize(vectors, fmt), strict=True):
+            self.frame(layer, block, f"{side}_{name}")[:, token] = part
+
+    def get(self, layer: int, table: NDArray[np.int32], length: int, side: str) -> Doubles:
+        """The first `length` tokens of a sequence's K or V, `[kv_heads, length, head_dim]`."""
+        fmt = self.layout.format
+        found = []
+        for block in table[: -(-length // BLOCK_TOKENS)]:
+            if fmt.quantized:
+                codes, scales, biases = (self.frame(layer, int(block), f"{side}_{name}") for name in NAMES)
+                found.append(dequantize(codes, scales, biases, fmt))
+            else:
+                found.append(self.frame(layer, int(block), f"{side}_values"))
+        return np.concatenate(found, 1)[:, :length].astype(np.float64)
+
+
+class ReferenceBackend:
+    """Slow and plain; activations are float64."""
+
+    name = "reference"
+    element: Element = "float32"
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self.counts = BlockCounts()
+
+    def load_linear(
+        self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None
+    ) -> Matrix:
+        """The float64 matrix, after the rounding that `mode` asks for."""
+        matrices = []
+        for part in parts:
+            bits = MODE_BITS.get(mode)
+            if bits and not (isinstance(part, AffineWeight) and part.bits == bits):
+                values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
+                part = quantize_weight(values, bits, next(g for g in (32, 64) if values.shape[1] % g == 0))  # noqa: PLW2901
+            matrices.append(part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part))
+        whole = np.concatenate([np.asarray(matrix, np.float64) for matrix in matrices])
+        return whole, None if bias is None else np.asarray(bias, np.float64)
+
+    def load_array(self, values: NDArray[Any]) -> Doubles:
+        """The values as float64."""
+        return np.asarray(values, np.float64)
+
+    def new_arena(self, layout: BlockLayout, layers: int, blocks: int) -> ReferenceArena:
+        """A cache of zeros."""
+        if not layout.format.quantized and layout.format.element != self.element:
+            raise FormatUnsupported(
+                f"the reference keeps unquantized caches in float32, not {layout.format.element}"
+            )
+        return ReferenceArena(layout, layers, blocks)
+
+    def embed(self, table: Matrix, token_ids: NDArray[np.int32], scale: float) -> Doubles:
+        """Rows `token_ids` times `scale`."""
+        return table[0][token_ids] * scale
+
+    def rms_norm(self, x: Doubles, weight: Doubles, eps: float) -> Doubles:
+        """`x / sqrt(mean(x^2) + eps) * weight`."""
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * weight
+
+    def add(self, x: Doubles, y: Doubles) -> Doubles:
+        """`x + y`."""
+        return x + y
+
+    def add_rms_norm(self, x: Doubles, y: Doubles, weight: Doubles, eps: float) -> tuple[Doubles, Doubles]:
+        """`x + y` and its norm."""
+        return x + y, self.rms_norm(x + y, weight, eps)
+
+    def linear(self, x: Doubles, weight: Matrix) -> Doubles:
+        """`x @ weight.T (+ bias)`."""
+        product = x @ weight[0].T
+        return product if weight[1] is None else product + weight[1]
+
+    def gate(self, gate_up: Doubles, activation: Activation) -> Doubles:
+        """`activation(left half) * right half`."""
+        a, b = np.split(gate_up, 2, -1)
+        if activation == "silu":
+            return a / (1 + np.exp(-a)) * b
+        return a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
+
+    def rope_append(
+        self,
+        qkv: Doubles,
+        batch: StepBatch,
+        arena: ReferenceArena,
+        layer: int,
+        spec: AttentionSpec,
+        rope: RopeTable,
+        norms: tuple[Doubles, Doubles, float] | None,
+    ) -> Doubles:
+        """Norm, rope, quantize into the arena; returns q."""
+        heads = qkv.reshape(len(qkv), -1, spec.head_dim)
+        q, k, v = np.split(heads, [spec.heads, spec.heads + spec.kv_heads], 1)
+        if norms:
+            q, k = self.rms_norm(q, norms[0], norms[2]), self.rms_norm(k, norms[1], norms[2])
+        q, k = self._turn(q, batch.positions, rope), self._turn(k, batch.positions, rope)
+        for s in range(batch.sequences):
+            for row in range(batch.row_starts[s], batch.row_starts[s + 1]):
+                number, token = divmod(int(batch.positions[row]), BLOCK_TOKENS)
+                block = int(batch.block_tables[s, number])
+                arena.put(layer, block, token, "k", k[row])
+                arena.put(layer, block, token, "v", v[row])
+        return q.reshape(len(q), -1)
+
+    def attention(
+        self, q: Doubles, batch: StepBatch, arena: ReferenceArena, layer: int, spec: AttentionSpec
+    ) -> Doubles:
+        """softmax(q . k * scale) . v over the keys that each row sees."""
+        out = np.empty_like(q)
+        for s in range(batch.sequences):
+            length = int(batch.lengths[s])
+            keys, values = (arena.get(layer, batch.block_tables[s], length, side) for side in "kv")
+            for row in range(batch.row_starts[s], batch.row_starts[s + 1]):
+                last = int(batch.positions[row]) + 1
+                first = max(0, last - spec.window) if spec.window else 0
+                for head in range(spec.heads):
+                    one = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
+                    kv = head * spec.kv_heads // spec.heads
+                    scores = keys[kv, first:last] @ q[row, one] * spec.scale
+                    weights = np.exp(scores - scores.max())
+                    out[row, one] = weights @ values[kv, first:last] / weights.sum()
+        return out
+
+    def logits(self, x: Doubles, head: Matrix, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """float32 logits of the given rows."""
+        return self.linear(x[rows], head).astype(np.float32)
+
+    def warm(self, shapes: Mapping[str, Any]) -> None:
+        """Nothing is compiled here."""
+
+    @staticmethod
+    def _turn(x: Doubles, positions: NDArray[np.int32], rope: RopeTable) -> Doubles:
+        cos, sin = (np.asarray(side)[positions][:, None] for side in (rope.cos, rope.sin))
+        half = cos.shape[-1]
+        a, b, rest = np.split(x, [half, 2 * half], -1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)

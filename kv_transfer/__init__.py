@@ -1,0 +1,1 @@
+"""How KV blocks get from the prefill pool to the decode pool: codec, prefix keys, channels and leases."""

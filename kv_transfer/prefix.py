@@ -1,0 +1,35 @@
+"""Names of KV blocks by content: a key stands for a block's tokens and all tokens before them."""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from kvrelay_kernels.quant import BLOCK_TOKENS
+from numpy.typing import NDArray
+
+_ROOT = struct.Struct("<16sQQ")
+_COUNT = struct.Struct("<I")
+
+
+def prefix_keys(token_ids: Sequence[int] | NDArray[Any], model: int, layout: int) -> list[bytes]:
+    """The 16-byte key of each block of 64 tokens, the last of which may be partly filled.
+
+    key[i] = xxh3-128(key[i-1], number of tokens, tokens of block i as little-endian u32), and the chain
+    begins at a hash of both fingerprints: two keys are equal where model, layout and every token up
+    to the block's end are equal, and a partly filled block never shares the key of a full one.
+
+    Args:
+        token_ids: `[n]`, each below 2**32.
+        model: the model's fingerprint.
+        layout: `BlockLayout.fingerprint`.
+    """
+    tokens = np.asarray(token_ids, "<u4")
+    key = xxhash.xxh3_128_digest(_ROOT.pack(b"kvrelay-prefix-1", model, layout))
+    keys: list[bytes] = []
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = tokens[start : start + BLOCK_TOKENS]
+        key = xxhash.xxh3_128_digest(key + _COUNT.pack(len(block)) + block.tobytes())
+        keys.append(key)
+    return keys

@@ -1,0 +1,169 @@
+"""What the senders of all channels share: a bounded queue that a thread drains while prefill computes."""
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Condition, Thread
+from time import perf_counter
+from typing import TypeVar
+
+from kvrelay.errors import Cancelled, Internal, KvrelayError
+from kvrelay.v1.transfer_pb2 import Commit
+
+from kv_transfer.block import BlockCodec, BlockHeader
+from kv_transfer.channel import Handover, Sender
+
+MESSAGE_BYTES = 1 << 20
+QUEUE_BYTES = 32 << 20
+
+EncodedBlock = tuple[BlockHeader, bytes, memoryview]
+"""A block's header, the same as bytes, and its payload."""
+
+M = TypeVar("M")
+
+
+class QueuedSender(Sender):
+    """A sender whose blocks leave in messages of about `MESSAGE_BYTES`, made by the thread that drains it.
+
+    A message is made once that much is waiting, or at the commit: few wake-ups while prefill computes,
+    and at the end at most one message is left to send.
+    """
+
+    def __init__(self, codec: BlockCodec, lease_id: str, queue_bytes: int = QUEUE_BYTES) -> None:
+        self.lease_id = lease_id
+        self._codec = codec
+        self._per_message = max(1, MESSAGE_BYTES // codec.block_bytes)
+        self._capacity = max(self._per_message, queue_bytes // codec.block_bytes)
+        self._queue: deque[tuple[BlockHeader, memoryview]] = deque()
+        self._changed = Condition()
+        self._packing = False
+        self._commit: Commit | None = None
+        self._committed_at = 0.0
+        self._error: KvrelayError | None = None
+        self._ended = False
+        self._done: Future[Handover] = Future()
+        self._done.set_running_or_notify_cancel()
+        self._blocks = 0
+        self._blocked = 0.0
+
+    def send(self, header: BlockHeader, payload: memoryview) -> None:
+        """As the contract says."""
+        if payload.nbytes != self._codec.layout.block_bytes:
+            raise ValueError(f"a payload of {payload.nbytes} bytes, not {self._codec.layout.block_bytes}")
+        with self._changed:
+            if len(self._queue) >= self._capacity:
+                began = perf_counter()
+                self._changed.wait_for(lambda: len(self._queue) < self._capacity or self._error is not None)
+                self._blocked += perf_counter() - began
+            self._raise_if_ended()
+            self._queue.append((header, payload))
+            self._blocks += 1
+            if len(self._queue) >= self._per_message:
+                self._changed.notify_all()
+
+    def commit(self, tokens: int, first_token: int) -> Future[Handover]:
+        """As the contract says."""
+        with self._changed:
+            self._raise_if_ended()
+            self._committed_at = perf_counter()
+            self._commit = Commit(
+                lease_id=self.lease_id, blocks=self._blocks, tokens=tokens, first_token=first_token
+            )
+            self._changed.notify_all()
+        return self._done
+
+    def abort(self) -> None:
+        """As the contract says."""
+        self._fail(Cancelled(f"the hand-over of lease {self.lease_id} was given up"))
+
+    @abstractmethod
+    def _cancel(self) -> None:
+        """Tell the receiver, where that can be done, that the hand-over has failed; called at most once."""
+
+    def _messages(self, pack: Callable[[list[EncodedBlock]], M]) -> Iterator[M]:
+        """What `pack` makes of the next blocks, until all have gone or the hand-over fails.
+
+        Payloads are read inside `pack` only, so that afterwards nobody needs them.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_message)
+                count = min(len(self._queue), self._per_message)
+                if self._error is not None or not count:
+                    return
+                taken = [self._queue.popleft() for _ in range(count)]
+                self._packing = True
+                self._changed.notify_all()
+            try:
+                message = pack([(header, *self._codec.encode(header, payload)) for header, payload in taken])
+            finally:
+                with self._changed:
+                    self._packing = False
+                    self._changed.notify_all()
+            yield message
+
+    def _has_message(self) -> bool:
+        return len(self._queue) >= self._per_message or self._commit is not None or self._error is not None
+
+    def _succeed(self, sent_bytes: int) -> None:
+        """Everything has been taken."""
+        seconds = self._blocked + perf_counter() - self._committed_at
+        with self._changed:
+            if self._ended:
+                return
+            self._ended = True
+        self._done.set_result(Handover(self._blocks, sent_bytes, seconds))
+
+    def _fail(self, error: KvrelayError) -> None:
+        """End the hand-over, unless it has ended; payloads are not read after this returns."""
+        with self._changed:
+            if self._ended:
+                return
+            self._ended = True
+            self._error = error
+            self._queue.clear()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._packing)
+        self._cancel()
+        self._done.set_exception(error)
+
+    def _raise_if_ended(self) -> None:
+        if self._error is not None:
+            self._changed.wait_for(lambda: not self._packing)
+            raise self._error
+        if self._commit is not None:
+            raise ValueError(f"the hand-over of lease {self.lease_id} is committed")
+
+
+class ThreadSender(QueuedSender):
+    """A queued sender with a thread of its own, which delivers one message after the other."""
+
+    def start(self) -> None:
+        """Start the thread; it ends with the hand-over."""
+        Thread(target=self._run, name=f"kv-send-{self.lease_id}", daemon=True).start()
+
+    def _run(self) -> None:
+        sent = 0
+        try:
+            for blocks in self._messages(_copied):
+                sent += self._deliver(blocks)
+            if self._error is None and self._commit is not None:
+                self._conclude(self._commit)
+                self._succeed(sent)
+        except KvrelayError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(Internal(f"the hand-over of lease {self.lease_id} failed: {error!r}"))
+
+    @abstractmethod
+    def _deliver(self, blocks: list[tuple[BlockHeader, bytes]]) -> int:
+        """Hand over some blocks; returns the bytes that went over the wire."""
+
+    @abstractmethod
+    def _conclude(self, commit: Commit) -> None:
+        """Hand over the commit."""
+
+
+def _copied(blocks: list[EncodedBlock]) -> list[tuple[BlockHeader, bytes]]:
+    return [(header, b"".join((head, payload))) for header, head, payload in blocks]

@@ -1,0 +1,37 @@
+"""From a model's name to a decoder that is ready to take steps, telling what happens meanwhile."""
+
+from kvrelay.errors import BadSetup
+from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
+from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.registry import load_backend
+
+from model_runtime.catalog import default_cache_dir, resolve
+from model_runtime.checkpoint import load_model
+from model_runtime.decoder import Decoder
+from model_runtime.progress import Progress
+
+
+class Activity:
+    """The newest line of what a starting worker does; a Progress that another thread may read."""
+
+    def __init__(self) -> None:
+        self.text = "starting"
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Take note of how far a job is."""
+        self.text = f"{what} {100 * done // total}%" if total else what
+
+
+def open_decoder(model: str, backend: str, threads: int, weights: WeightMode, progress: Progress) -> Decoder:
+    """Find (or fetch) a model, and pack its weights on a backend.
+
+    Raises:
+        BadSetup: the backend is unknown, not usable here, or cannot run this model.
+        ModelNotFound, ModelUnreachable, ModelFileInvalid: as `resolve` and `load_model`.
+    """
+    cache = default_cache_dir()
+    checkpoint = load_model(resolve(model, cache, progress), cache)
+    try:
+        return Decoder(checkpoint, load_backend(backend, threads=threads), weights, progress=progress)
+    except (BackendUnavailable, FormatUnsupported, ValueError) as error:
+        raise BadSetup(str(error)) from error

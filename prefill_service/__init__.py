@@ -1,0 +1,1 @@
+"""The prefill pool: workers that read prompts, draw the first token, and hand the KV blocks over."""

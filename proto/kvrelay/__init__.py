@@ -1,0 +1,1 @@
+"""The shared vocabulary of the services: protobuf messages and the error tree."""
