@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a fault of kvrelay's own; 2 the call or the request is wro
 lost on their way; 130 Ctrl-C; 141 the reader of standard output went away; 143 SIGTERM.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from control_plane.commands.bench import bench
 from control_plane.commands.doctor import doctor
 from control_plane.commands.generate import chat, generate
 from control_plane.commands.models import models
+
+log = logging.getLogger(__name__)
 
 EXIT_CODES: tuple[tuple[type[KvrelayError], int], ...] = (
     (errors.ModelNotFound, 3),
@@ -36,7 +39,6 @@ app = typer.Typer(
     name="kvrelay",
     help="A language-model server with separate prefill and decode pools.",
     epilog="Exit codes: 0 done, 1 internal fault, 2 wrong call or request, 3 model, 4 set-up, 5 try again later, 6 blocks lost.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
@@ -55,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     """Carry out a command line; returns the exit code. An error is one line on standard error."""
     command = typer.main.get_command(app)
     try:
-        return command.main(list(arguments), prog_name="kvrelay", standalone_mode=False) or 0
+        return command.main(list(arguments) or ["--help"], prog_name="kvrelay", standalone_mode=False) or 0
     except KvrelayError as error:
         return _fail(error)
     except typer.TyperException as error:
@@ -64,6 +66,9 @@ def run(arguments: Sequence[str]) -> int:
         # What is still buffered must not fail again when Python closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        log.debug("an unexpected fault", exc_info=error)
+        return _fail(errors.Internal(f"{type(error).__name__}: {error}"))
 
 
 def _fail(error: KvrelayError) -> int:

@@ -2,22 +2,23 @@
 
 import asyncio
 import errno
-import logging
 import socket
+from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 
 from gateway_service.directory import WorkerDirectory
 from gateway_service.gateway import ExtraService, Gateway
-from gateway_service.model import ServedModel
-from kv_transfer.embedded import EmbeddedRedis
+from gateway_service.model import load_served_model
+from kv_transfer.embedded import EmbeddedServer
 from kvrelay.errors import BadSetup
 from kvrelay.v1.control_pb2 import GetStatusResponse
 from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
-from model_runtime.catalog import default_cache_dir, resolve
-from model_runtime.chat_template import ChatTemplate
-from model_runtime.checkpoint import ResolvedModel, load_model
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.quant.formats import parse_format
+from model_runtime.catalog import resolve
 from model_runtime.progress import Progress, silent
-from model_runtime.tokenizer import load_tokenizer
 
 from control_plane.cluster import Cluster
 from control_plane.config import KvrelayConfig
@@ -27,7 +28,7 @@ from control_plane.pool import WorkerPool
 from control_plane.seat import SeatTimes, Tell
 from control_plane.servicer import ControlServicer
 
-log = logging.getLogger(__name__)
+Opened = tuple[Gateway, dict[str, WorkerPool]]
 
 CONTROL_SERVICE = "kvrelay.v1.ControlService"
 
@@ -66,20 +67,105 @@ class System:
         config = self._config
         # What can be found wrong quickly comes first: Ray takes seconds.
         check_port(config.gateway.host, config.gateway.port)
-        cache = default_cache_dir()
-        model = resolve(config.model.name, cache, self._progress)
+        resolve(config.model.name, progress=self._progress)
+        cluster = Cluster(config, self._verbose)
+        cluster.prepare()
         transport = self._open_transport()
         loop = LoopThread("control-plane")
         self._stops.callback(loop.stop)
-        cluster = Cluster(config, self._verbose)
         self._stops.callback(cluster.stop)
-        plane = loop.submit(self._open(model, cluster, transport))
+        opening = loop.submit(self._open_gateway(cluster, transport))
+        self._stops.callback(_close_what_opened, loop, opening)
         self._tell("ray", "starting" if cluster.embedded else f"joining {config.ray.address}")
         cluster.start()
         self._tell("ray", "ready")
-        gateway, pools = plane.result()
-        self._stops.callback(lambda: loop.call(_close(gateway, pools)))
-        sizes = (config.prefill.workers, config.decode.workers)
-        loop.call(_scale(pools, sizes))
+        gateway, pools = opening.result()
+        loop.call(_fill(pools, {"prefill": config.prefill.workers, "decode": config.decode.workers}))
         return f"{config.gateway.host}:{gateway.port}"
-'''
+
+    async def _open_gateway(self, cluster: Cluster, transport: str) -> Opened:
+        """A gateway that answers, and pools without workers; Ray need not run yet."""
+        config = self._config
+        served = await asyncio.to_thread(load_served_model, config.model.name, config.model.kv_format)
+        check_format(served.kv_format, served.config.head_dim)
+        settings = gateway_config(config)
+        directory = WorkerDirectory(settings.poll_seconds, settings.lost_seconds)
+        store = transport if config.transport.share_prefixes and transport != "grpc" else None
+        plans = (
+            prefill_plan(config, store, partial(cluster.resources_for, "prefill")),
+            decode_plan(config, transport, partial(cluster.resources_for, "decode")),
+        )
+        times = SeatTimes(start=config.ray.start_seconds, silent=config.ray.silent_seconds)
+        pools = {plan.name: WorkerPool(plan, directory, self._tell, times) for plan in plans}
+
+        def status() -> GetStatusResponse:
+            return GetStatusResponse(
+                model=served.name,
+                kv_format=served.kv_format,
+                transport=transport,
+                queued=gateway.queued,
+                running=gateway.running,
+            )
+
+        control = ControlServicer(pools, directory.statuses, status)
+        extra = ExtraService(CONTROL_SERVICE, partial(add_ControlServiceServicer_to_server, control))
+        gateway = Gateway(settings, served, directory, [extra])
+        await gateway.start()
+        return gateway, pools
+
+    def _open_transport(self) -> str:
+        """What the workers are told of the transport; starts a server where the settings ask for one."""
+        uri = self._config.transport.uri
+        if uri != "redis":
+            return uri
+        if self._config.ray.address is not None:
+            raise BadSetup("on a cluster, --transport needs the URI of a Redis server that all nodes reach")
+        self._tell("redis", "starting")
+        server = EmbeddedServer()
+        self._stops.callback(server.stop)
+        self._tell("redis", "ready")
+        return server.uri
+
+
+def check_port(host: str, port: int) -> None:
+    """See at once what the gateway would find later.
+
+    Raises:
+        BadSetup: something listens at the port already, or the host is none of this machine's addresses.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # As gRPC binds: a port whose last connections still linger is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "is another server running there?" if taken else error.strerror or str(error)
+        raise BadSetup(f"cannot listen on {host}:{port}: {why}") from error
+
+
+def check_format(kv_format: str, head_dim: int) -> None:
+    """See at once what every worker would find later. Raises BadSetup."""
+    try:
+        parse_format(kv_format, head_dim)
+    except FormatUnsupported as error:
+        raise BadSetup(str(error)) from error
+
+
+async def _fill(pools: Mapping[str, WorkerPool], sizes: Mapping[str, int]) -> None:
+    await asyncio.gather(*(pools[name].scale(size) for name, size in sizes.items()))
+
+
+def _close_what_opened(loop: LoopThread, opening: Future[Opened]) -> None:
+    """Close a gateway and its pools, also where the start was broken off before they were there."""
+    try:
+        gateway, pools = opening.result()
+    except Exception:  # the start has raised it, or was broken off for another reason
+        return
+    loop.call(_close(gateway, pools))
+
+
+async def _close(gateway: Gateway, pools: Mapping[str, WorkerPool]) -> None:
+    await gateway.stop(GRACE_SECONDS)
+    await asyncio.gather(*(pool.stop() for pool in pools.values()))

@@ -1,7 +1,6 @@
 """The decode loop: grant slots, let sequences join whose blocks are in, run a step, draw a token for each."""
 
 import logging
-import threading
 import time
 from collections import deque
 
@@ -24,19 +23,21 @@ from kv_transfer.landing import Landings
 from kv_transfer.prefix import prefix_keys
 from model_runtime.decoder import Decoder
 from model_runtime.sampler import Sampled, sample
+from model_runtime.step_loop import StepLoop
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 """Hint to whom the full queue turned away."""
-EXPIRY_SECONDS = 1.0
-"""How often deadlines are looked at while no step runs."""
+POLL_SECONDS = 1.0
+"""How often deadlines are looked at while nothing else happens."""
 
 
-class DecodeEngine:
+class DecodeEngine(StepLoop):
     """Owns the arena of a decode worker and the one thread that computes on it."""
 
     def __init__(self, config: DecodeConfig, decoder: Decoder) -> None:
+        super().__init__("decode-engine", POLL_SECONDS)
         self.config = config
         self.decoder = decoder
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
@@ -47,37 +48,10 @@ class DecodeEngine:
         self.metrics = DecodeMetrics()
         self.endpoint = ""
         """URI at which blocks land; set before the first sequence is submitted."""
-        self._wake = threading.Condition()
         self._waiting: deque[Slot] = deque()
         self._reserved: list[Slot] = []
         """Granted slots whose blocks are on their way."""
         self._active: list[Slot] = []
-        self._draining = False
-        self._stopping = False
-        self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; what still runs fails with Draining."""
-        with self._wake:
-            self._stopping = self._draining = True
-            self._wake.notify()
-        self._thread.join()
-        for slot in (*self._active, *self._reserved, *self._waiting):
-            self._end(slot, Draining("the decode worker was stopped"))
-
-    def drain(self) -> None:
-        """Refuse new sequences from now on."""
-        with self._wake:
-            self._draining = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether new sequences are refused."""
-        return self._draining
 
     @property
     def waiting(self) -> int:
@@ -100,40 +74,51 @@ class DecodeEngine:
             raise PromptTooLong(
                 f"prompt and answer need a capacity of {wanted} tokens; the cache here holds {limit}"
             )
-        with self._wake:
-            if self._draining:
+        with self.changed:
+            if self.draining:
                 raise Draining("this decode worker takes no new sequence")
             if len(self._waiting) >= self.config.max_waiting:
                 raise QueueFull(f"{len(self._waiting)} sequences wait already", RETRY_SECONDS)
             self._waiting.append(slot)
-            self._wake.notify()
+            self.changed.notify_all()
 
     def cancel(self, slot: Slot) -> None:
         """Free a sequence's slot at the next step's border; one that has ended stays as it is."""
-        with self._wake:
+        with self.changed:
             slot.cancelled = True
-            self._wake.notify()
+            self.changed.notify_all()
 
-    def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(self._has_work, EXPIRY_SECONDS if self._reserved else None)
-                if self._stopping:
-                    return
-            self._drop_cancelled()
-            self._join()
-            self._grant()
-            if self._active:
-                self._step()
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence is here."""
+        return bool(self.running or self.waiting)
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether a sequence can be granted, join, go on, or be ended."""
+        now = time.monotonic()
         return (
-            self._stopping
-            or bool(self._active)
+            bool(self._active)
             or self._can_grant()
-            or any(slot.arrived is not None and slot.arrived.done() for slot in self._reserved)
+            or any(slot.ready(now) for slot in self._reserved)
             or any(slot.cancelled for slot in (*self._waiting, *self._reserved))
         )
+
+    def step(self) -> None:
+        """Free what was dropped, let join what has landed, grant free slots, and draw the next tokens."""
+        self._drop_cancelled()
+        self._join()
+        self._grant()
+        if self._active:
+            self._compute()
+
+    def fail(self, error: KvrelayError) -> None:
+        """End every sequence with `error`."""
+        for slot in self._slots():
+            self._end(slot, error)
+
+    def _slots(self) -> tuple[Slot, ...]:
+        with self.changed:
+            return (*self._active, *self._reserved, *self._waiting)
 
     def _can_grant(self) -> bool:
         return (
@@ -143,13 +128,13 @@ class DecodeEngine:
         )
 
     def _drop_cancelled(self) -> None:
-        for slot in (*self._active, *self._reserved, *self._waiting):
+        for slot in self._slots():
             if slot.cancelled:
                 self._end(slot, Cancelled("the sequence was dropped"))
 
     def _grant(self) -> None:
         while self._can_grant():
-            with self._wake:
+            with self.changed:
                 slot = self._waiting.popleft()
             slot.blocks = self.pool.allocate(slot.block_count)
             slot.deadline = time.monotonic() + self.config.lease_seconds
@@ -161,7 +146,7 @@ class DecodeEngine:
                 self.arena.write_block(layer, blocks[index], payload)
 
             slot.arrived = self.landings.expect(slot.lease_id, slot.length, keys, write)
-            slot.arrived.add_done_callback(lambda _: self._notify())
+            slot.arrived.add_done_callback(lambda _: self.wake())
             self._reserved.append(slot)
             lease = Lease(lease_id=slot.lease_id, endpoint=self.endpoint)
             slot.emit(pb.DecodeResponse(reserved=pb.Reserved(lease=lease, max_tokens=slot.max_tokens)))
@@ -196,7 +181,7 @@ class DecodeEngine:
         else:
             self._end(slot, LeaseLost(f"no block came for {self.config.lease_seconds:g} s"))
 
-    def _step(self) -> None:
+    def _compute(self) -> None:
         slots = tuple(self._active)
         try:
             logits = self.decoder.forward(step_batch(slots), self.arena)
@@ -223,13 +208,9 @@ class DecodeEngine:
             slot.emit(pb.DecodeResponse(finished=pb.Finished(reason=reason)))
             self._end(slot, None)
 
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
     def _end(self, slot: Slot, error: KvrelayError | None) -> None:
-        """Forget a sequence and free its slot and blocks; late blocks of its lease are refused from here on."""
-        with self._wake:
+        """Forget a sequence and free its slot and blocks; late blocks of its lease are refused now."""
+        with self.changed:
             if slot in self._waiting:
                 self._waiting.remove(slot)
         for group in (self._reserved, self._active):
@@ -239,6 +220,7 @@ class DecodeEngine:
         self.pool.release(slot.blocks)
         slot.blocks = []
         slot.emit(error)
+        self.wake()
 
 
 def _message(drawn: Sampled) -> SampledToken:

@@ -56,6 +56,10 @@ class Slot:
         tokens = len(self.prompt_ids) + self.max_tokens - 1
         return -(-tokens // CAPACITY_TOKENS) * CAPACITY_TOKENS // BLOCK_TOKENS
 
+    def ready(self, now: float) -> bool:
+        """Whether a granted slot can join, has failed, or has waited too long."""
+        return (self.arrived is not None and self.arrived.done()) or now >= self.deadline
+
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the answer ends with its newest token; None while it goes on."""

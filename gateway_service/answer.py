@@ -1,17 +1,21 @@
 """The answer of one request: its tokens, its text, and where it ends, whichever workers draw it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvrelay.v1.inference_pb2 import TokenDelta
 from kvrelay.v1.sampling_pb2 import FinishReason, SampledToken, SamplingParams
 
-from gateway_service.text import Detokenizer, StopStrings
+from gateway_service.model import Detokenizer
+from gateway_service.text import StopStrings
 
 STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
 
 
 class Answer:
-    """Grows token by token until a stop id, a stop string or a limit ends it."""
+    """Grows token by token until a stop id, a stop string or a limit ends it.
+
+    Text comes in whole characters: the bytes of one that the end cuts off are left out.
+    """
 
     def __init__(
         self,
@@ -19,9 +23,9 @@ class Answer:
         sampling: SamplingParams,
         stop_ids: Sequence[int],
         context: int,
-        decode_text: Callable[[Sequence[int]], str],
+        detokenizer: Detokenizer,
     ) -> None:
-        """`stop_ids` are the model's own; `decode_text` gives the text of ids, without special tokens."""
+        """`stop_ids` are the model's own; `detokenizer` is new, and skips special tokens."""
         self.token_ids = list(prompt)
         """Prompt, and behind it the answer so far."""
         self.prompt_tokens = len(prompt)
@@ -32,7 +36,7 @@ class Answer:
         self._stop_ids = frozenset(sampling.stop_ids)
         if not sampling.ignore_eos:
             self._stop_ids |= frozenset(stop_ids)
-        self._text = Detokenizer(decode_text, prompt)
+        self._text = detokenizer
         self._stops = StopStrings(sampling.stop)
 
     @property
@@ -62,7 +66,7 @@ class Answer:
             if token.token_id in self._stop_ids and self.tokens >= self._min_tokens:
                 self.reason = STOP  # a stop id has no text
             else:
-                piece = self._text.push(token.token_id)
+                piece = self._text.add(token.token_id)
                 text += self._stops.push(piece, self.tokens >= self._min_tokens)
                 if self._stops.hit is not None:
                     self.reason = STOP

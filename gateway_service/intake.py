@@ -132,7 +132,7 @@ class Intake:
                 prompt = list(request.token_ids.ids)
         check_length(len(prompt), request.sampling, model.context)
         sampling = resolved(request.sampling)
-        answer = Answer(prompt, sampling, model.config.stop_ids, model.context, model.tokenizer.decode)
+        answer = Answer(prompt, sampling, model.config.stop_ids, model.context, model.tokenizer.detokenizer())
         return Request(
             request_id, answer, sampling, self._admission, self._directory, self.metrics, self._config
         )

@@ -1,31 +1,42 @@
-"""The served model, as far as the gateway needs to know it: its limits, its tokenizer, its chat template."""
+"""The served model, as far as the gateway needs to know it: its limits and its tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from kvrelay.errors import InvalidArgument
-
+from model_runtime.catalog import default_cache_dir, resolve
+from model_runtime.checkpoint import load_model
 from model_runtime.config import ModelConfig
+from model_runtime.progress import Progress, silent
+from model_runtime.tokenizer import load_tokenizer
+
+
+class Detokenizer(Protocol):
+    """Tokens of one answer to text."""
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes: whole characters, possibly none."""
+        ...
 
 
 class Tokenizer(Protocol):
-    """What `model_runtime.tokenizer` provides."""
+    """What is asked of `model_runtime.tokenizer.Tokenizer`."""
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """The ids of a text; with `add_special` what the model wants before it (BOS) comes along."""
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text; `add_special` puts a first token before it where the model wants one."""
         ...
 
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of ids; invalid bytes become U+FFFD."""
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation, up to where the answer begins; InvalidArgument if there is none."""
         ...
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, special tokens written out."""
+        ...
 
-class ChatTemplate(Protocol):
-    """What `model_runtime.chat_template` provides."""
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation, up to where the model's answer begins."""
+    def detokenizer(self) -> Detokenizer:
+        """A new incremental decoder, which skips special tokens."""
         ...
 
 
@@ -38,8 +49,6 @@ class ServedModel:
     config: ModelConfig
     kv_format: str
     tokenizer: Tokenizer
-    template: ChatTemplate | None
-    """None: the model has none, and chats are refused."""
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of a plain prompt, with what the model wants before it."""
@@ -49,12 +58,10 @@ class ServedModel:
         """The ids of a conversation of roles and contents, up to where the answer begins.
 
         Raises:
-            InvalidArgument: the model has no template, or its template refuses these messages.
+            InvalidArgument: the model has no chat template, or its template refuses these messages.
         """
-        if self.template is None:
-            raise InvalidArgument(f"the model {self.name!r} has no chat template; send text or token ids")
-        text = self.template.render([{"role": role, "content": content} for role, content in messages])
-        return self.tokenizer.encode(text, add_special=False)
+        turns = [{"role": role, "content": content} for role, content in messages]
+        return self.tokenizer.encode(self.tokenizer.render_chat(turns), add_special=False)
 
     @property
     def context(self) -> int:
@@ -65,3 +72,21 @@ class ServedModel:
     def vocabulary(self) -> int:
         """Token ids are below this."""
         return self.config.vocabulary
+
+
+def load_served_model(
+    model: str,
+    kv_format: str,
+    name: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress = silent,
+) -> ServedModel:
+    """Find (or fetch) a model and load its tokenizer, not its weights; `name` replaces the model's own.
+
+    Raises:
+        ModelNotFound, ModelUnreachable, ModelFileInvalid: as `resolve`, `load_model` and `load_tokenizer`.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    checkpoint = load_model(resolve(model, cache_dir, progress), cache_dir)
+    tokenizer = load_tokenizer(checkpoint, cache_dir)
+    return ServedModel(name or checkpoint.config.name, checkpoint.config, kv_format, tokenizer)

@@ -1,46 +1,6 @@
-"""Text out of tokens: whole characters only, and stop strings found across token borders."""
+"""Stop strings, found across token borders."""
 
-from collections.abc import Callable, Sequence
-
-CONTEXT_TOKENS = 6
-"""Tokens of the prompt that the first piece is decoded behind, so that its leading space comes out right."""
-
-HELD_TOKENS = 16
-"""Tokens that may wait for the rest of a character; no character has as many, so the bytes are invalid."""
-
-REPLACEMENT = "\ufffd"
-
-
-class Detokenizer:
-    """Text of one answer, token by token.
-
-    A token's text depends on its neighbours (spaces, bytes of one character), so each piece is what decoding
-    the last few tokens gives beyond what decoding all but the new ones gave.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
-        """`decode` gives the text of some ids, without special tokens."""
-        self._decode = decode
-        self._window = list(prompt[-CONTEXT_TOKENS:])
-        self._done = len(self._window)
-        """Tokens of the window whose text has been given."""
-        self._done_text = decode(self._window)
-
-    def push(self, token_id: int) -> str:
-        """The text that one more token completes: empty while a character lacks bytes."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if text.endswith(REPLACEMENT) and len(self._window) - self._done < HELD_TOKENS:
-            return ""
-        piece = text[len(self._done_text) :]
-        if not piece:  # a special token: the next word's neighbour is still the one before it
-            del self._window[self._done :]
-            return ""
-        # The next window begins at the last piece: enough for the neighbours to count.
-        self._window = self._window[self._done :]
-        self._done = len(self._window)
-        self._done_text = self._decode(self._window)
-        return piece
+from collections.abc import Sequence
 
 
 class StopStrings:
@@ -57,7 +17,7 @@ class StopStrings:
         """The stop string that was found."""
 
     def push(self, piece: str, may_end: bool = True) -> str:
-        """The text that is certain now. Unless `may_end`, a stop string complete in this piece does not count."""
+        """The text that is certain now. Unless `may_end`, no stop string that ends in the piece counts."""
         if not self._stops:
             return piece
         held, text = len(self._held), self._held + piece

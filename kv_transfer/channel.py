@@ -61,7 +61,7 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the connection; hand-overs that still run may fail."""
+        """End the connection; hand-overs that still run are given up."""
 
 
 Transport = Callable[[str, BlockCodec], Channel]

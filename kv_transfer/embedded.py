@@ -44,11 +44,20 @@ class EmbeddedServer:
     session of its own, so that Ctrl-C does not end it before those who use it.
     """
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
-        """Start the server and wait until it answers. Raises BadSetup where that cannot be done."""
+    def __init__(self, max_bytes: int = 1 << 30, folder: Path | None = None) -> None:
+        """Start the server and wait until it answers.
+
+        Args:
+            max_bytes: memory it may use before it evicts.
+            folder: where its socket lies, and removed with it; None: a temporary one.
+
+        Raises:
+            BadSetup: there is no server here, or it does not start.
+        """
         binary = find_binary()
-        self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-"))
-        socket = self._folder / "redis.sock"
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="kvrelay-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        socket = self.folder / "redis.sock"
         self.uri = f"redis+unix://{socket}"
         settings = {
             "port": "0",
@@ -58,12 +67,12 @@ class EmbeddedServer:
             "appendonly": "no",
             "maxmemory": str(max_bytes),
             "maxmemory-policy": "allkeys-lru",
-            "dir": str(self._folder),
+            "dir": str(self.folder),
         }
         flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
         with tempfile.TemporaryFile() as log:
             self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "sh", str(self._folder), str(binary), *flags],
+                ["/bin/sh", "-c", _GUARD, "sh", str(self.folder), str(binary), *flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -88,7 +97,7 @@ class EmbeddedServer:
                 os.killpg(self._guard.pid, signal.SIGKILL)
             self._guard.wait()
         _pipe(self._guard.stdout).close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait_until_ready(self, log: IO[bytes]) -> None:
         client = connect(self.uri, timeout_seconds=1.0)

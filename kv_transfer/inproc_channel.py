@@ -1,15 +1,14 @@
 """The channel within one process: the same bytes, handed from thread to thread."""
 
-from contextlib import suppress
 from urllib.parse import urlsplit
 
-from kvrelay.errors import LeaseLost, TransportLost
+from kvrelay.errors import TransportLost
 from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.block import BlockCodec, BlockHeader
-from kv_transfer.channel import Channel, Sender
+from kv_transfer.channel import Channel
 from kv_transfer.landing import Landings
-from kv_transfer.queued import ThreadSender
+from kv_transfer.queued import ThreadChannel, ThreadSender
 
 
 class InprocHub:
@@ -39,17 +38,13 @@ class InprocHub:
         return _InprocChannel(self, urlsplit(endpoint).netloc, codec)
 
 
-class _InprocChannel(Channel):
+class _InprocChannel(ThreadChannel):
     def __init__(self, hub: InprocHub, name: str, codec: BlockCodec) -> None:
+        super().__init__()
         self._hub, self._name, self._codec = hub, name, codec
 
-    def open(self, lease_id: str) -> Sender:
-        sender = _InprocSender(self._codec, lease_id, self._hub, self._name)
-        sender.start()
-        return sender
-
-    def close(self) -> None:
-        pass
+    def _sender(self, lease_id: str) -> ThreadSender:
+        return _InprocSender(self._codec, lease_id, self._hub, self._name)
 
 
 class _InprocSender(ThreadSender):
@@ -66,7 +61,6 @@ class _InprocSender(ThreadSender):
     def _conclude(self, commit: Commit) -> None:
         self._hub.find(self._name).find(self.lease_id).commit(commit)
 
-    def _cancel(self) -> None:
-        with suppress(TransportLost, LeaseLost):
-            landing = self._hub.find(self._name).find(self.lease_id)
-            landing.fail(landing.abandoned())
+    def _retract(self) -> None:
+        landing = self._hub.find(self._name).find(self.lease_id)
+        landing.fail(landing.abandoned())

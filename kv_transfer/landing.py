@@ -34,7 +34,7 @@ class Landing:
     ) -> None:
         self.lease_id = lease_id
         self.arrived: Future[Arrival] = Future()
-        """Done when the commit has been checked, or the lease has failed. `close` takes the place of cancelling."""
+        """Done when the commit has been checked, or the lease has failed; it cannot be cancelled."""
         self.arrived.set_running_or_notify_cancel()
         self._codec = codec
         self._tokens = tokens

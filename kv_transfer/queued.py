@@ -4,15 +4,17 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Condition, Thread
 from time import perf_counter
 from typing import TypeVar
+from weakref import WeakSet
 
 from kvrelay.errors import Cancelled, Internal, KvrelayError
 from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.block import BlockCodec, BlockHeader
-from kv_transfer.channel import Handover, Sender
+from kv_transfer.channel import Channel, Handover, Sender
 
 MESSAGE_BYTES = 1 << 20
 QUEUE_BYTES = 32 << 20
@@ -79,7 +81,7 @@ class QueuedSender(Sender):
 
     @abstractmethod
     def _cancel(self) -> None:
-        """Tell the receiver, where that can be done, that the hand-over has failed; called at most once."""
+        """Stop whatever drains the queue; called once, and only if the hand-over fails. Must not wait."""
 
     def _messages(self, pack: Callable[[list[EncodedBlock]], M]) -> Iterator[M]:
         """What `pack` makes of the next blocks, until all have gone or the hand-over fails.
@@ -139,11 +141,19 @@ class QueuedSender(Sender):
 class ThreadSender(QueuedSender):
     """A queued sender with a thread of its own, which delivers one message after the other."""
 
-    def start(self) -> None:
-        """Start the thread; it ends with the hand-over."""
-        Thread(target=self._run, name=f"kv-send-{self.lease_id}", daemon=True).start()
+    def __init__(self, codec: BlockCodec, lease_id: str) -> None:
+        super().__init__(codec, lease_id)
+        self.thread = Thread(target=self._run, name=f"kv-send-{lease_id}", daemon=True)
+        """Ends with the hand-over; `ThreadChannel` starts it."""
 
     def _run(self) -> None:
+        self._hand_over()
+        # Whoever gives up or fails must not wait for the peer, so that this thread tells it.
+        if self._error is not None:
+            with suppress(KvrelayError):
+                self._retract()
+
+    def _hand_over(self) -> None:
         sent = 0
         try:
             for blocks in self._messages(_copied):
@@ -163,6 +173,37 @@ class ThreadSender(QueuedSender):
     @abstractmethod
     def _conclude(self, commit: Commit) -> None:
         """Hand over the commit."""
+
+    @abstractmethod
+    def _retract(self) -> None:
+        """Tell the receiver that the hand-over has failed."""
+
+    def _cancel(self) -> None:
+        pass
+
+
+class ThreadChannel(Channel):
+    """A channel whose senders have threads of their own."""
+
+    def __init__(self) -> None:
+        self._running: WeakSet[ThreadSender] = WeakSet()
+
+    def open(self, lease_id: str) -> Sender:
+        """As the contract says."""
+        sender = self._sender(lease_id)
+        self._running.add(sender)
+        sender.thread.start()
+        return sender
+
+    def close(self) -> None:
+        """As the contract says; waits for the senders' threads."""
+        for sender in list(self._running):
+            sender.abort()
+            sender.thread.join()
+
+    @abstractmethod
+    def _sender(self, lease_id: str) -> ThreadSender:
+        """A new sender, its thread not started."""
 
 
 def _copied(blocks: list[EncodedBlock]) -> list[tuple[BlockHeader, bytes]]:

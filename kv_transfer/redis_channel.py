@@ -12,9 +12,8 @@ from kvrelay.errors import BlockCorrupt, KvrelayError, LeaseLost, TransportLost
 from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.block import KEY_BYTES, BlockCodec, BlockHeader
-from kv_transfer.channel import Channel, Sender
 from kv_transfer.landing import Landing, Landings
-from kv_transfer.queued import ThreadSender
+from kv_transfer.queued import ThreadChannel, ThreadSender
 from kv_transfer.redis_store import TTL_SECONDS, RedisBlockStore, connect, inbox_of, lost_as_error
 
 MANIFEST = b"KVRM"
@@ -30,34 +29,33 @@ _RECORD = struct.Struct("<4sH")
 _ENTRY = struct.Struct(f"<{KEY_BYTES}sI")
 
 
-class RedisChannel(Channel):
-    """The transport of `redis`, `redis+unix` and `unix`.
+class RedisChannel(ThreadChannel):
+    """The transport of `redis`, `redis+unix` and `unix`. A hand-over is done when the server has its commit.
 
     The endpoint names the receiver, as `RedisReceiver.endpoint` does. Without `?inbox=` the blocks are
     stored and nobody is told: this is how a prefill worker shares the prefixes it has computed.
     """
 
     def __init__(self, endpoint: str, codec: BlockCodec, ttl_seconds: int = TTL_SECONDS) -> None:
+        super().__init__()
         self._codec = codec
         self._inbox = inbox_of(endpoint)
         self._ttl = ttl_seconds
         self._client = connect(endpoint)
         self._store = RedisBlockStore(self._client, codec, ttl_seconds)
 
-    def open(self, lease_id: str) -> Sender:
-        """Begin a hand-over. Its future is done when the server has the commit; landing comes after."""
-        sender = _RedisSender(self, lease_id)
-        sender.start()
-        return sender
-
     def close(self) -> None:
-        """Close the connections."""
+        """Give up what still runs, and close the connections."""
+        super().close()
         self._client.close()
 
     @property
     def codec(self) -> BlockCodec:
         """Of the blocks that it carries."""
         return self._codec
+
+    def _sender(self, lease_id: str) -> ThreadSender:
+        return _RedisSender(self, lease_id)
 
     def put(self, blocks: Sequence[tuple[BlockHeader, bytes]]) -> int:
         """Store blocks; returns the bytes written. Raises TransportLost."""
@@ -89,13 +87,8 @@ class _RedisSender(ThreadSender):
     def _conclude(self, commit: Commit) -> None:
         self._channel.tell(COMMIT, self.lease_id, commit.SerializeToString())
 
-    def _cancel(self) -> None:
-        # From a thread of its own: whoever gives a hand-over up must not wait for a server that is gone.
-        Thread(target=self._tell_abort, name=f"kv-abort-{self.lease_id}", daemon=True).start()
-
-    def _tell_abort(self) -> None:
-        with suppress(TransportLost):
-            self._channel.tell(ABORT, self.lease_id, b"")
+    def _retract(self) -> None:
+        self._channel.tell(ABORT, self.lease_id, b"")
 
 
 class RedisReceiver:

@@ -1,1 +1,1 @@
-"""Models: configuration, weight files, tokenizer, sampler, and the decoder's forward pass over the kernel interface."""
+"""Models: configuration, weight files, tokenizer, sampler, and the decoder over the kernel interface."""

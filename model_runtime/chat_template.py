@@ -21,7 +21,9 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         """Raises InvalidArgument where the template itself is broken."""
         extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -52,7 +54,7 @@ class ChatTemplate:
 class _GenerationTag(Extension):
     """`{% generation %}` marks an assistant's own words for training; here it prints what it encloses."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares a plain set)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

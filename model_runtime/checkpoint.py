@@ -44,7 +44,9 @@ def load_model(model: ResolvedModel | Path | str, cache_dir: Path | None = None)
     _check_config(checkpoint.config, path.name)
     check_tensors(checkpoint.config, checkpoint.tensors, path.name)
     files = weight_files(path) if path.is_dir() else [path]
-    config = dataclasses.replace(checkpoint.config, name=model.name, fingerprint=fingerprint_of(files, cache_dir))
+    config = dataclasses.replace(
+        checkpoint.config, name=model.name, fingerprint=fingerprint_of(files, cache_dir)
+    )
     return dataclasses.replace(checkpoint, config=config)
 
 
@@ -60,7 +62,11 @@ def _check_config(config: ModelConfig, source: str) -> None:
         ("rope_base", config.rope_base, 1 <= config.rope_base < math.inf),
         ("local_rope_base", config.local_rope_base or 1, 1 <= (config.local_rope_base or 1) < math.inf),
         ("attention_scale", config.attention_scale, 0 < config.attention_scale < math.inf),
-        ("window", min((w for w in config.windows if w is not None), default=1), all(w is None or w > 0 for w in config.windows)),
+        (
+            "window",
+            min((w for w in config.windows if w is not None), default=1),
+            all(w is None or w > 0 for w in config.windows),
+        ),
     )
     for field, value, valid in checks:
         if not valid:
@@ -69,4 +75,6 @@ def _check_config(config: ModelConfig, source: str) -> None:
     if scaling is not None and not (0 < scaling.factor < math.inf and scaling.original_context > 0):
         raise ModelFileInvalid(f"{source}: rope scaling is {scaling}")
     if not all(0 <= token < config.vocabulary for token in (*config.stop_ids, config.bos_id or 0)):
-        raise ModelFileInvalid(f"{source}: a special token lies outside the vocabulary of {config.vocabulary}")
+        raise ModelFileInvalid(
+            f"{source}: a special token lies outside the vocabulary of {config.vocabulary}"
+        )

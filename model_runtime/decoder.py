@@ -57,7 +57,7 @@ class Decoder:
         context: int | None = None,
         progress: Progress = silent,
     ) -> None:
-        """Read and pack all weights; `context` bounds the positions that will occur (default: the model's own).
+        """Read and pack all weights; `context` bounds positions more closely than the model does.
 
         Raises:
             ModelFileInvalid: a tensor has a type that it cannot have.
@@ -90,7 +90,9 @@ class Decoder:
             FormatUnsupported: there is no such format, or it does not fit the head dimension.
         """
         head_dim = self.config.head_dim
-        return BlockLayout(parse_format(kv_format, head_dim, self.backend.element), self.config.kv_heads, head_dim)
+        return BlockLayout(
+            parse_format(kv_format, head_dim, self.backend.element), self.config.kv_heads, head_dim
+        )
 
     def new_arena(self, blocks: int, kv_format: str) -> Arena:
         """A cache of `blocks` blocks of 64 tokens in every layer.
@@ -102,7 +104,7 @@ class Decoder:
         return self.backend.new_arena(self.layout(kv_format), self.config.layers, blocks)
 
     def forward(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None = None) -> NDArray[np.float32]:
-        """Take one step: put K and V of all rows into the arena, return logits `[len(logit_rows), vocabulary]`.
+        """Put K and V of all rows into the arena and return logits, `[len(logit_rows), vocabulary]`.
 
         Positions must be below `context`, and the block tables must cover each sequence's length.
 
@@ -213,5 +215,7 @@ def _check_finite(logits: NDArray[np.float32], batch: StepBatch) -> None:
     if len(bad):
         rows = batch.logit_rows[bad]
         sequences = np.searchsorted(batch.row_starts, rows, side="right") - 1
-        where = ", ".join(f"{row} (sequence {sequence})" for row, sequence in zip(rows, sequences, strict=True))
+        where = ", ".join(
+            f"{row} (sequence {sequence})" for row, sequence in zip(rows, sequences, strict=True)
+        )
         raise NonFiniteActivations(f"NaN or infinity in the logits of row {where}", sequences.tolist())

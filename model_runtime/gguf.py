@@ -1,4 +1,4 @@
-"""Reader of GGUF files: header, metadata and tensor infos, memory-mapped, every length checked before it is used.
+"""Reader of GGUF files, memory-mapped; every length in one is checked before it is used.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
@@ -15,6 +15,7 @@ from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
 from numpy.typing import NDArray
 
+from model_runtime.fields import Fields
 from model_runtime.gguf_blocks import BLOCK_TYPES, BlockType
 
 MAGIC = b"GGUF"
@@ -81,20 +82,9 @@ class GgufFile:
         raw = np.frombuffer(self._bytes, np.uint8, info.nbytes, info.offset)
         return info.type.unpack(raw, info.shape)
 
-    def number(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """A metadata value of type `kind`; integers are accepted for floats.
-
-        Raises:
-            ModelFileInvalid: it is missing without a default, or of another type.
-        """
-        value = self.metadata.get(key, default)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if value is None:
-            raise ModelFileInvalid(f"{self.path.name}: metadata {key!r} is missing")
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelFileInvalid(f"{self.path.name}: metadata {key!r} is {value!r:.80}, not {kind.__name__}")
-        return value
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A metadata value, checked as `Fields.get` does."""
+        return Fields(self.metadata, self.path.name).get(key, kind, default)
 
     def strings(self, key: str) -> list[str]:
         """A metadata array of strings.
@@ -110,7 +100,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class StringArray:
-    """An array of strings, left in the file until it is wanted: vocabularies are long and often not needed."""
+    """An array of strings, left in the file until it is wanted: vocabularies are long."""
 
     source: str
     buffer: memoryview
@@ -150,7 +140,8 @@ class _Reader:
         start = self.at
         if size > len(self.data) - start:
             raise ModelFileInvalid(
-                f"{self.name}: truncated: {what} at byte {start} wants {size} bytes, {len(self.data) - start} are left"
+                f"{self.name}: truncated: {what} at byte {start} wants {size} bytes, "
+                f"{len(self.data) - start} are left"
             )
         self.at = start + size
         return start
@@ -242,7 +233,9 @@ class _Reader:
             offset = self.scalar("Q", f"offset of {name!r:.80}")
             if kind not in BLOCK_TYPES:
                 known = ", ".join(known.name for known in BLOCK_TYPES.values())
-                raise ModelFileInvalid(f"{self.name}: tensor {name!r:.80} has type {kind}; supported: {known}")
+                raise ModelFileInvalid(
+                    f"{self.name}: tensor {name!r:.80} has type {kind}; supported: {known}"
+                )
             found.append((name, shape, BLOCK_TYPES[kind], offset))
         base = -(-self.at // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
@@ -264,7 +257,9 @@ class _Reader:
         for length in shape:
             elements *= length
         if elements == 0 or shape[-1] % block.elements:
-            raise ModelFileInvalid(f"{self.name}: tensor {name!r:.80} of {block.name} cannot have shape {shape}")
+            raise ModelFileInvalid(
+                f"{self.name}: tensor {name!r:.80} of {block.name} cannot have shape {shape}"
+            )
         return elements // block.elements * block.nbytes
 
 

@@ -34,7 +34,9 @@ def _floats(dtype: Any) -> Callable[[Bytes, tuple[int, ...]], HostWeight]:
     return lambda raw, shape: raw.view(dtype).reshape(shape)
 
 
-def _affine(bits: int, nbytes: int, split: Callable[[Bytes], Affine]) -> Callable[[Bytes, tuple[int, ...]], HostWeight]:
+def _affine(
+    bits: int, nbytes: int, split: Callable[[Bytes], Affine]
+) -> Callable[[Bytes, tuple[int, ...]], HostWeight]:
     def unpack(raw: Bytes, shape: tuple[int, ...]) -> HostWeight:
         codes, scales, biases = split(raw.reshape(-1, nbytes))
         rows = int(np.prod(shape[:-1]))

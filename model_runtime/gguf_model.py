@@ -1,4 +1,4 @@
-"""What a GGUF file says about a model: configuration, tensors under kvrelay's names, tokenizer and template."""
+"""What a GGUF file says about a model: configuration, tensors under our names, tokenizer and template."""
 
 import math
 from collections.abc import Mapping
@@ -50,9 +50,18 @@ LAYER_NAMES: Mapping[str, str] = {
     "post_ffw_norm.weight": "post_ffn_norm",
 }
 END_TOKENS = frozenset(
-    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<EOT>"}
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|end|>",
+        "<EOT>",
+    }
 )
-"""Control tokens that end a turn even where the metadata names only one of them; llama.cpp has the same list."""
+"""Control tokens that end a turn even where the metadata names only one; llama.cpp has such a list."""
 GEMMA3_PATTERN = 6
 GEMMA3_LOCAL_BASE = 1e4
 GEMMA3_27B_LAYERS = 62
@@ -70,21 +79,27 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _config(file: GgufFile) -> ModelConfig:
-    arch = file.number("general.architecture", str)
+    arch = file.get("general.architecture", str)
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ModelFileInvalid(f"{file.path.name}: architecture {arch!r} is not supported; supported: {known}")
-    if file.number("split.count", int, 1) > 1:
-        raise ModelFileInvalid(f"{file.path.name} is one of several parts: join them with llama-gguf-split --merge")
-    hidden = file.number(f"{arch}.embedding_length", int)
-    heads = file.number(f"{arch}.attention.head_count", int)
-    layers = file.number(f"{arch}.block_count", int)
+        raise ModelFileInvalid(
+            f"{file.path.name}: architecture {arch!r} is not supported; supported: {known}"
+        )
+    if file.get("split.count", int, 1) > 1:
+        raise ModelFileInvalid(
+            f"{file.path.name} is one of several parts: join them with llama-gguf-split --merge"
+        )
+    hidden = file.get(f"{arch}.embedding_length", int)
+    heads = file.get(f"{arch}.attention.head_count", int)
+    layers = file.get(f"{arch}.block_count", int)
     if heads < 1 or not 0 < layers <= MAX_LAYERS:
         raise ModelFileInvalid(f"{file.path.name}: {heads} heads, {layers} layers")
-    head_dim = file.number(f"{arch}.attention.key_length", int, hidden // heads)
+    head_dim = file.get(f"{arch}.attention.key_length", int, hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if file.number(f"{arch}.{key}", int, head_dim) != head_dim:
-            raise ModelFileInvalid(f"{file.path.name}: {arch}.{key} differs from the head dimension {head_dim}")
+        if file.get(f"{arch}.{key}", int, head_dim) != head_dim:
+            raise ModelFileInvalid(
+                f"{file.path.name}: {arch}.{key} differs from the head dimension {head_dim}"
+            )
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise ModelFileInvalid(f"{file.path.name}: tensor 'token_embd.weight' is missing")
@@ -100,14 +115,14 @@ def _config(file: GgufFile) -> ModelConfig:
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=file.number(f"{arch}.attention.head_count_kv", int, heads),
+        kv_heads=file.get(f"{arch}.attention.head_count_kv", int, heads),
         head_dim=head_dim,
-        intermediate=file.number(f"{arch}.feed_forward_length", int),
-        context=file.number(f"{arch}.context_length", int),
-        norm_eps=file.number(f"{arch}.attention.layer_norm_rms_epsilon", float),
-        rope_base=file.number(f"{arch}.rope.freq_base", float, 1e4),
+        intermediate=file.get(f"{arch}.feed_forward_length", int),
+        context=file.get(f"{arch}.context_length", int),
+        norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        rope_base=file.get(f"{arch}.rope.freq_base", float, 1e4),
         rope_scaling=_rope_scaling(file, arch),
-        local_rope_base=file.number(f"{arch}.rope.freq_base_swa", float, GEMMA3_LOCAL_BASE) if gemma else None,
+        local_rope_base=file.get(f"{arch}.rope.freq_base_swa", float, GEMMA3_LOCAL_BASE) if gemma else None,
         windows=windows,
         attention_scale=scale_dim**-0.5,
         activation="gelu_tanh" if gemma else "silu",
@@ -122,7 +137,7 @@ def _config(file: GgufFile) -> ModelConfig:
 
 
 def _windows(file: GgufFile, arch: str, layers: int) -> tuple[int | None, ...]:
-    window = file.number(f"{arch}.attention.sliding_window", int, 0)
+    window = file.get(f"{arch}.attention.sliding_window", int, 0)
     if window == 0:
         return (None,) * layers
     if arch != "gemma3":
@@ -130,7 +145,9 @@ def _windows(file: GgufFile, arch: str, layers: int) -> tuple[int | None, ...]:
     pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern", GEMMA3_PATTERN)
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
-            raise ModelFileInvalid(f"{file.path.name}: the window pattern has {len(pattern)} entries, not {layers}")
+            raise ModelFileInvalid(
+                f"{file.path.name}: the window pattern has {len(pattern)} entries, not {layers}"
+            )
         return tuple(window if local else None for local in pattern)
     if not isinstance(pattern, int) or pattern < 1:
         raise ModelFileInvalid(f"{file.path.name}: the window pattern is {pattern!r:.80}")
@@ -138,17 +155,17 @@ def _windows(file: GgufFile, arch: str, layers: int) -> tuple[int | None, ...]:
 
 
 def _rope_scaling(file: GgufFile, arch: str) -> RopeScaling | None:
-    kind = file.number(f"{arch}.rope.scaling.type", str, "none")
+    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
     if kind == "none":
         return None
     if kind != "linear":
         raise ModelFileInvalid(f"{file.path.name}: rope scaling {kind!r} is not supported")
-    return RopeScaling("linear", file.number(f"{arch}.rope.scaling.factor", float))
+    return RopeScaling("linear", file.get(f"{arch}.rope.scaling.factor", float))
 
 
 def _token(file: GgufFile, name: str) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    return file.number(key, int) if key in file.metadata else None
+    return file.get(key, int) if key in file.metadata else None
 
 
 def _stop_ids(file: GgufFile) -> tuple[int, ...]:
@@ -163,7 +180,9 @@ def _tensors(file: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
         names |= {f"blk.{layer}.{theirs}": layer_tensor(layer, ours) for theirs, ours in LAYER_NAMES.items()}
     unknown = sorted(file.tensors.keys() - names.keys())
     if unknown:
-        raise ModelFileInvalid(f"{file.path.name}: tensor {unknown[0]!r:.80} is not part of a {config.family} model")
+        raise ModelFileInvalid(
+            f"{file.path.name}: tensor {unknown[0]!r:.80} is not part of a {config.family} model"
+        )
     permuted = {"q": config.heads, "k": config.kv_heads} if config.family in ("llama", "mistral") else {}
     permuted |= {f"{part}_bias": heads for part, heads in permuted.items()}
     tensors: dict[str, StoredTensor] = {}
@@ -188,9 +207,15 @@ def _unpermute(weight: HostWeight, heads: int) -> HostWeight:
 
 def _tokenizer(file: GgufFile, config: ModelConfig) -> TokenizerSource:
     controls = control_tokens(file)
-    special = {"bos_token": config.bos_id, "eos_token": _token(file, "eos"), "unk_token": _token(file, "unknown")}
+    special = {
+        "bos_token": config.bos_id,
+        "eos_token": _token(file, "eos"),
+        "unk_token": _token(file, "unknown"),
+    }
     return TokenizerSource(
         load=lambda cache_dir: build_tokenizer(file, cache_dir),
-        chat_template=file.number("tokenizer.chat_template", str) if "tokenizer.chat_template" in file.metadata else None,
+        chat_template=file.get("tokenizer.chat_template", str)
+        if "tokenizer.chat_template" in file.metadata
+        else None,
         special={key: controls[token] for key, token in special.items() if token in controls},
     )

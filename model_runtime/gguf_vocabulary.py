@@ -1,4 +1,4 @@
-"""A tokenizer from GGUF metadata, built with Hugging Face's `tokenizers`, for gpt2 (byte-level BPE) and llama (SPM) vocabularies."""
+"""A tokenizer from GGUF metadata: vocabularies of gpt2 (byte-level BPE) and llama (SentencePiece) kind."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,12 +44,12 @@ WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
 
 
 def build_tokenizer(file: GgufFile, cache_dir: Path | None) -> Tokenizer:
-    """Build the tokenizer that a GGUF file describes; `cache_dir` keeps what an SPM vocabulary takes long for.
+    """Build the tokenizer that a GGUF file describes; `cache_dir` keeps the merges of SPM vocabularies.
 
     Raises:
         ModelFileInvalid: the vocabulary is missing, broken, or of an unknown kind.
     """
-    model = file.number("tokenizer.ggml.model", str)
+    model = file.get("tokenizer.ggml.model", str)
     tokens = file.strings("tokenizer.ggml.tokens")
     kinds = _kinds(file, len(tokens))
     if model == "gpt2":
@@ -57,12 +57,17 @@ def build_tokenizer(file: GgufFile, cache_dir: Path | None) -> Tokenizer:
     elif model == "llama":
         tokenizer = _spm(file, tokens, kinds, cache_dir)
     else:
-        raise ModelFileInvalid(f"{file.path.name}: tokenizer model {model!r:.80} is not supported (gpt2 and llama are)")
+        raise ModelFileInvalid(
+            f"{file.path.name}: tokenizer model {model!r:.80} is not supported (gpt2 and llama are)"
+        )
     for kind in (CONTROL, USER_DEFINED):
-        added = [AddedToken(tokens[i], normalized=False, special=kind == CONTROL) for i in np.flatnonzero(kinds == kind)]
+        added = [
+            AddedToken(tokens[i], normalized=False, special=kind == CONTROL)
+            for i in np.flatnonzero(kinds == kind)
+        ]
         tokenizer.add_tokens(added)
-    if file.number("tokenizer.ggml.add_bos_token", bool, model == "llama"):
-        bos = file.number("tokenizer.ggml.bos_token_id", int)
+    if file.get("tokenizer.ggml.add_bos_token", bool, model == "llama"):
+        bos = file.get("tokenizer.ggml.bos_token_id", int)
         if not 0 <= bos < len(tokens):
             raise ModelFileInvalid(f"{file.path.name}: tokenizer.ggml.bos_token_id is {bos}")
         tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
@@ -94,7 +99,7 @@ def _kinds(file: GgufFile, count: int) -> NDArray[np.int32]:
 
 
 def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
-    pre = file.number("tokenizer.ggml.pre", str, "default")
+    pre = file.get("tokenizer.ggml.pre", str, "default")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ModelFileInvalid(f"{file.path.name}: pre-tokenizer {pre!r:.80} is not known; known: {known}")
@@ -111,12 +116,12 @@ def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def _spm(file: GgufFile, tokens: Sequence[str], kinds: NDArray[np.int32], cache_dir: Path | None) -> Tokenizer:
+def _spm(file: GgufFile, tokens: list[str], kinds: NDArray[np.int32], cache_dir: Path | None) -> Tokenizer:
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         raise ModelFileInvalid(f"{file.path.name}: tokenizer.ggml.scores does not fit {len(tokens)} tokens")
     merges = spm_merges(tokens, scores, kinds == NORMAL, cache_dir)
-    unknown = file.number("tokenizer.ggml.unknown_token_id", int, 0)
+    unknown = file.get("tokenizer.ggml.unknown_token_id", int, 0)
     if not 0 <= unknown < len(tokens):
         raise ModelFileInvalid(f"{file.path.name}: tokenizer.ggml.unknown_token_id is {unknown}")
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -124,7 +129,7 @@ def _spm(file: GgufFile, tokens: Sequence[str], kinds: NDArray[np.int32], cache_
     tokenizer = Tokenizer(bpe)
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     strip: list[decoders.Decoder] = []
-    if file.number("tokenizer.ggml.add_space_prefix", bool, True):
+    if file.get("tokenizer.ggml.add_space_prefix", bool, True):
         spaces.insert(0, normalizers.Prepend(SPACE))
         strip.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(spaces)  # pyright: ignore[reportAttributeAccessIssue]
@@ -133,7 +138,9 @@ def _spm(file: GgufFile, tokens: Sequence[str], kinds: NDArray[np.int32], cache_
     return tokenizer
 
 
-def _bpe(file: GgufFile, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], **options: object) -> models.BPE:
+def _bpe(
+    file: GgufFile, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], **options: object
+) -> models.BPE:
     try:
         return models.BPE(vocab=vocabulary, merges=merges, **options)  # pyright: ignore[reportArgumentType]
     except Exception as error:  # The library raises a bare Exception for a merge of unknown parts.

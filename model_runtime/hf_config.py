@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import Activation
 
 from model_runtime.config import ModelConfig, RopeScaling
+from model_runtime.fields import Fields
 from model_runtime.weights import MAX_LAYERS
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
@@ -26,43 +27,21 @@ GEMMA3_VOCABULARY = 262208
 UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "mlp_bias")
 """Settings that change the arithmetic in ways that the decoder does not know."""
 
-T = TypeVar("T")
 
-
-class _Fields:
-    """A JSON object whose values are checked as they are taken."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values = values
-        self.source = source
-
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """A value of type `kind`; integers are accepted for floats, null is the default."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if value is None:
-            raise ModelFileInvalid(f"{self.source}: config.json lacks {key!r}")
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelFileInvalid(f"{self.source}: {key!r} in config.json is {value!r:.80}, not {kind.__name__}")
-        return value
-
-    def inner(self, key: str) -> "_Fields":
-        """The object below `key`, empty where there is none."""
-        return _Fields(self.get(key, dict, {}), self.source)
-
-
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], qkv_bias: bool, source: str) -> ModelConfig:
+def parse_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any], qkv_bias: bool, source: str
+) -> ModelConfig:
     """Read config.json (and generation_config.json, for the tokens that end an answer).
 
     Raises:
         ModelFileInvalid: a field is missing or of a wrong type, or the architecture is not known here.
     """
-    outer = _Fields(raw, source)
+    outer = Fields(raw, f"{source}/config.json")
     kind = outer.get("model_type", str)
     if kind not in FAMILIES:
-        raise ModelFileInvalid(f"{source}: architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise ModelFileInvalid(
+            f"{source}: architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[kind]
     fields = outer.inner("text_config") if "text_config" in raw else outer
     for key in UNSUPPORTED:
@@ -70,12 +49,17 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], qkv_bias
             raise ModelFileInvalid(f"{source}: {key!r} in config.json is not supported")
     gemma = family == "gemma3"
     layers = fields.get("num_hidden_layers", int)
-    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int, 8 if gemma else None)
+    hidden, heads = (
+        fields.get("hidden_size", int),
+        fields.get("num_attention_heads", int, 8 if gemma else None),
+    )
     if not 0 < layers <= MAX_LAYERS or heads < 1:
         raise ModelFileInvalid(f"{source}: {layers} layers, {heads} heads")
     head_dim = fields.get("head_dim", int, 256 if gemma else hidden // heads)
     scale_dim = fields.get("query_pre_attn_scalar", float, 256.0) if gemma else float(head_dim)
-    activation = fields.get("hidden_activation" if gemma else "hidden_act", str, "gelu_pytorch_tanh" if gemma else "silu")
+    activation = fields.get(
+        "hidden_activation" if gemma else "hidden_act", str, "gelu_pytorch_tanh" if gemma else "silu"
+    )
     if activation not in ACTIVATIONS:
         raise ModelFileInvalid(f"{source}: activation {activation!r} is not supported")
     if scale_dim <= 0:
@@ -104,10 +88,17 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], qkv_bias
         post_norms=gemma,
         qkv_bias=qkv_bias,
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
-        tied_embeddings=outer.get("tie_word_embeddings", bool, fields.get("tie_word_embeddings", bool, gemma)),
+        tied_embeddings=outer.get(
+            "tie_word_embeddings", bool, fields.get("tie_word_embeddings", bool, gemma)
+        ),
         bos_id=next(iter(_ids(fields.values.get("bos_token_id"), source)), None),
         stop_ids=tuple(
-            sorted({*_ids(generation.get("eos_token_id"), source), *_ids(fields.values.get("eos_token_id"), source)})
+            sorted(
+                {
+                    *_ids(generation.get("eos_token_id"), source),
+                    *_ids(fields.values.get("eos_token_id"), source),
+                }
+            )
         ),
     )
 
@@ -119,7 +110,7 @@ def _ids(value: Any, source: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _windows(fields: _Fields, family: Family, layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, by `layer_types` or by the family's own older settings."""
     window = fields.get("sliding_window", int, 0)
     if window == 0 or (family.startswith("qwen") and not fields.get("use_sliding_window", bool, False)):
@@ -142,18 +133,21 @@ def _windows(fields: _Fields, family: Family, layers: int) -> tuple[int | None, 
     return (None,) * layers
 
 
-def _rope(fields: _Fields, gemma: bool) -> tuple[_Fields, float | None]:
+def _rope(fields: Fields, gemma: bool) -> tuple[Fields, float | None]:
     """The settings of the rope, and the base of layers with a window where it differs."""
     given = fields.inner("rope_parameters")
     if "full_attention" in given.values:
         local = given.inner("sliding_attention").get("rope_theta", float, GEMMA3_LOCAL_BASE)
         return given.inner("full_attention"), local if gemma else None
     if not given.values:
-        given = _Fields({**fields.inner("rope_scaling").values, "rope_theta": fields.values.get("rope_theta")}, fields.source)
+        given = Fields(
+            {**fields.inner("rope_scaling").values, "rope_theta": fields.values.get("rope_theta")},
+            fields.source,
+        )
     return given, fields.get("rope_local_base_freq", float, GEMMA3_LOCAL_BASE) if gemma else None
 
 
-def _scaling(rope: _Fields) -> RopeScaling | None:
+def _scaling(rope: Fields) -> RopeScaling | None:
     if rope.get("partial_rotary_factor", float, 1.0) != 1:
         raise ModelFileInvalid(f"{rope.source}: rope over a part of the head dimension is not supported")
     kind = rope.get("rope_type", str, rope.get("type", str, "default"))

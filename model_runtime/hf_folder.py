@@ -14,7 +14,15 @@ from tokenizers import Tokenizer
 
 from model_runtime.config import ModelConfig
 from model_runtime.hf_config import parse_config
-from model_runtime.weights import EMBED, FINAL_NORM, HEAD, Checkpoint, StoredTensor, TokenizerSource, layer_tensor
+from model_runtime.weights import (
+    EMBED,
+    FINAL_NORM,
+    HEAD,
+    Checkpoint,
+    StoredTensor,
+    TokenizerSource,
+    layer_tensor,
+)
 
 FLOATS: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 NAMES: Mapping[str, str] = {"embed_tokens.weight": EMBED, "norm.weight": FINAL_NORM}
@@ -141,7 +149,9 @@ def _tensors(
     for name, tensor in stored.items():
         ours = names.get(name)
         if ours is None and name.startswith(f"{prefix}layers.") and name.endswith((".weight", ".bias")):
-            raise ModelFileInvalid(f"{source}: tensor {name!r} is not part of a {config.family} model as known here")
+            raise ModelFileInvalid(
+                f"{source}: tensor {name!r} is not part of a {config.family} model as known here"
+            )
         if ours is not None:
             # Gemma's files hold a norm's weight less one.
             tensors[ours] = _plus_one(tensor) if gemma and ours.endswith("norm") else tensor
@@ -174,7 +184,7 @@ def _tokenizer(folder: Path) -> TokenizerSource:
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template from chat_template.jinja or tokenizer_config.json; of several, the one called `default`."""
+    """From chat_template.jinja or tokenizer_config.json; of several templates, the one called `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -85,8 +85,18 @@ class SamplingConfig:
                 _within(self.repetition_penalty, 0, math.inf) and self.repetition_penalty > 0,
                 "positive",
             ),
-            ("presence_penalty", self.presence_penalty, _within(self.presence_penalty, -2, 2), "between -2 and 2"),
-            ("frequency_penalty", self.frequency_penalty, _within(self.frequency_penalty, -2, 2), "between -2 and 2"),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                _within(self.presence_penalty, -2, 2),
+                "between -2 and 2",
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                _within(self.frequency_penalty, -2, 2),
+                "between -2 and 2",
+            ),
             ("seed", self.seed, 0 <= self.seed < 2**64, "an unsigned 64-bit number"),
             ("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens > 0, "at least 1"),
             ("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or positive"),
@@ -96,9 +106,19 @@ class SamplingConfig:
                 self.max_tokens is None or self.min_tokens <= self.max_tokens,
                 "at most max_tokens",
             ),
-            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            (
+                "logprobs",
+                self.logprobs,
+                self.logprobs is None or 0 <= self.logprobs <= 20,
+                "between 0 and 20",
+            ),
             ("stop_ids", ids, len(ids) <= 64, "at most 64 ids"),
-            ("stop_ids", ids, all(0 <= i and (vocabulary is None or i < vocabulary) for i in ids), "token ids"),
+            (
+                "stop_ids",
+                ids,
+                all(i >= 0 and (vocabulary is None or i < vocabulary) for i in ids),
+                "token ids",
+            ),
         )
         for field, value, valid, wanted in checks:
             if not valid:

@@ -1,8 +1,7 @@
-"""The merges that a SentencePiece vocabulary implies: its files hold scores only, BPE wants pairs in order."""
+"""The merges that a SentencePiece vocabulary implies: it has scores only, and BPE wants pairs in order."""
 
 import hashlib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from model_runtime.files import write_atomically
 
 
 def spm_merges(
-    tokens: Sequence[str], scores: NDArray[Any], mergeable: NDArray[np.bool_], cache_dir: Path | None
+    tokens: list[str], scores: NDArray[Any], mergeable: NDArray[np.bool_], cache_dir: Path | None
 ) -> list[tuple[str, str]]:
     """Every pair of tokens that makes up another one, the best scored result first.
 
@@ -28,7 +27,7 @@ def spm_merges(
 
 
 def _kept(
-    tokens: Sequence[str], scores: NDArray[Any], mergeable: NDArray[np.bool_], cache_dir: Path
+    tokens: list[str], scores: NDArray[Any], mergeable: NDArray[np.bool_], cache_dir: Path
 ) -> NDArray[np.int32]:
     digest = hashlib.sha256("\0".join(tokens).encode())
     digest.update(scores.tobytes() + mergeable.tobytes())
@@ -44,7 +43,7 @@ def _kept(
         return pairs
 
 
-def _find(tokens: Sequence[str], scores: NDArray[Any], mergeable: NDArray[np.bool_]) -> NDArray[np.int32]:
+def _find(tokens: list[str], scores: NDArray[Any], mergeable: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Ids of the left and right parts, `[2, merges]`."""
     ids = {tokens[i]: i for i in np.flatnonzero(mergeable).tolist()}
     left: list[int] = []
@@ -53,7 +52,11 @@ def _find(tokens: Sequence[str], scores: NDArray[Any], mergeable: NDArray[np.boo
         token = tokens[i]
         if not mergeable[i] or len(token) < 2:
             continue
-        cuts = [(ids[a], ids[b]) for k in range(1, len(token)) if (a := token[:k]) in ids and (b := token[k:]) in ids]
+        cuts = [
+            (ids[a], ids[b])
+            for k in range(1, len(token))
+            if (a := token[:k]) in ids and (b := token[k:]) in ids
+        ]
         for a, b in sorted(cuts):
             left.append(a)
             right.append(b)

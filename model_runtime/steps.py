@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 def sequence_steps(
     new_tokens: Sequence[int], past: Sequence[int], token_ids: Sequence[int] | None = None
 ) -> tuple[StepBatch, int]:
-    """A step of sequences with so many new tokens behind so many past ones, and the blocks an arena needs for it.
+    """A step of sequences with so many new tokens behind so many past ones, and the blocks it needs.
 
     Blocks are dealt out one sequence behind the other; logits are those of each sequence's last row.
     `token_ids` are all new tokens, zeros where it is None.

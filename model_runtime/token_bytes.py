@@ -15,7 +15,11 @@ def byte_level_bytes() -> TokenBytes:
 
     Source: bytes_to_unicode in https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
@@ -29,6 +33,6 @@ def byte_level_bytes() -> TokenBytes:
 
 
 def spm_bytes(token: str) -> bytes:
-    """The rule of SentencePiece's vocabularies: `▁` is a space, `<0x0A>` a byte that has no token of its own."""
+    """The rule of SentencePiece's vocabularies: `▁` is a space, `<0x0A>` a byte that has no other token."""
     byte = _BYTE.fullmatch(token)
     return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()

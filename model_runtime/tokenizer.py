@@ -17,7 +17,7 @@ def load_tokenizer(checkpoint: Checkpoint, cache_dir: Path | None = None) -> "To
     """The tokenizer of a model; `cache_dir` keeps what takes long to work out.
 
     Raises:
-        ModelFileInvalid: tokenizer.json or the vocabulary in the GGUF file is missing, broken or of an unknown kind.
+        ModelFileInvalid: the vocabulary is missing, broken or of an unknown kind.
     """
     return Tokenizer(checkpoint, checkpoint.tokenizer.load(cache_dir))
 
@@ -45,7 +45,7 @@ class Tokenizer:
         self._bytes = _byte_rule(library, self._name)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text; `add_special` puts the beginning-of-sequence token first where the model wants one.
+        """Token ids of a text; `add_special` puts a first token before it where the model wants one.
 
         Special tokens written out in the text become those tokens; rendered chats rely on it.
 
@@ -94,7 +94,9 @@ class Tokenizer:
             InvalidArgument: the model has no chat template, or its template refuses the messages.
         """
         if self._template_source is None:
-            raise InvalidArgument(f"{self._name} is a base model without a chat template: send text, not messages")
+            raise InvalidArgument(
+                f"{self._name} is a base model without a chat template: send text, not messages"
+            )
         if self._template is None:
             self._template = ChatTemplate(self._template_source, self._special_texts)
         return self._template.render(messages, add_generation_prompt)

@@ -1,4 +1,4 @@
-"""What every loader makes of a model's files: a configuration, and tensors under these names and in these shapes."""
+"""What every loader makes of a model's files: a configuration, and tensors under these names and shapes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from model_runtime.config import ModelConfig
 
 EMBED, HEAD, FINAL_NORM, ROPE_FACTORS = "embed", "head", "final_norm", "rope_factors"
-"""`rope_factors` (optional, `[head_dim / 2]`): divisors of the rope frequencies, where a file carries them."""
+"""`rope_factors` (optional, `[head_dim / 2]`): divisors of the rope frequencies, if a file has them."""
 MAX_LAYERS = 1024
 """More than any model has; a broken file may claim anything."""
 
@@ -99,4 +99,6 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor], sour
         if found is None:
             raise ModelFileInvalid(f"{source}: tensor {name!r} is missing")
         if found.shape != shape:
-            raise ModelFileInvalid(f"{source}: tensor {name!r} has shape {found.shape}, the configuration says {shape}")
+            raise ModelFileInvalid(
+                f"{source}: tensor {name!r} has shape {found.shape}, the configuration says {shape}"
+            )

@@ -1,7 +1,6 @@
 """The prefill loop: admit prompts, compute a step while finished blocks leave, draw first tokens."""
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from kv_transfer.prefix import prefix_keys
 from kv_transfer.redis_store import BlockStore
 from model_runtime.decoder import Decoder
 from model_runtime.sampler import sample
+from model_runtime.step_loop import StepLoop
 from prefill_service.batch import step_batch
 from prefill_service.config import PrefillConfig
 from prefill_service.handover import BlockFeed
@@ -31,11 +31,12 @@ from prefill_service.scheduler import Chunk, schedule
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 1.0
 RETRY_SECONDS = 0.5
 """Hint to whom the full queue turned away."""
 
 
-class PrefillEngine:
+class PrefillEngine(StepLoop):
     """Owns the arena of a prefill worker and the one thread that computes on it.
 
     Attention reads every key back from the quantized arena, so the first token and all blocks are the same
@@ -43,6 +44,7 @@ class PrefillEngine:
     """
 
     def __init__(self, config: PrefillConfig, decoder: Decoder) -> None:
+        super().__init__("prefill-engine", POLL_SECONDS)
         self.config = config
         self.decoder = decoder
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
@@ -52,37 +54,10 @@ class PrefillEngine:
         """Where prefixes that other workers computed are found; None: only those of this arena are."""
         self.metrics = PrefillMetrics()
         self._feed = BlockFeed(self.arena, self.codec)
-        self._wake = threading.Condition()
         self._waiting: deque[PrefillJob] = deque()
         self._running: list[PrefillJob] = []
         self._leaving: dict[PrefillJob, Future[Handover]] = {}
         """Prompts whose first token is drawn, and whose last blocks are on their way."""
-        self._draining = False
-        self._stopping = False
-        self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; what still runs fails with Draining."""
-        with self._wake:
-            self._stopping = self._draining = True
-            self._wake.notify()
-        self._thread.join()
-        for job in (*self._leaving, *self._running, *self._waiting):
-            self._end(job, Draining("the prefill worker was stopped"))
-
-    def drain(self) -> None:
-        """Refuse new prompts from now on."""
-        with self._wake:
-            self._draining = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether new prompts are refused."""
-        return self._draining
 
     @property
     def waiting(self) -> int:
@@ -105,41 +80,51 @@ class PrefillEngine:
         if tokens > limit:
             raise PromptTooLong(f"a prompt of {tokens} tokens exceeds the {limit} that this worker can hold")
         job.keys = prefix_keys(job.token_ids, self.codec.model, self.codec.layout.fingerprint)
-        with self._wake:
-            if self._draining:
+        with self.changed:
+            if self.draining:
                 raise Draining("this prefill worker takes no new prompt")
             if len(self._waiting) >= self.config.max_waiting:
                 raise QueueFull(f"{len(self._waiting)} prompts wait already", RETRY_SECONDS)
             self._waiting.append(job)
-            self._wake.notify()
+            self.changed.notify_all()
 
     def cancel(self, job: PrefillJob) -> None:
         """Stop working for a job at the next step's border; one that has ended stays as it is."""
-        with self._wake:
+        with self.changed:
             job.cancelled = True
-            self._wake.notify()
+            self.changed.notify_all()
 
-    def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(self._has_work)
-                if self._stopping:
-                    return
-            self._finish_handovers()
-            self._drop_ended()
-            self._admit()
-            chunks = schedule(self._running, self.config.chunk_tokens)
-            if chunks:
-                self._step(chunks)
+    @property
+    def busy(self) -> bool:
+        """Whether a prompt is here."""
+        return bool(self.running or self.waiting)
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether a prompt can be admitted, computed, or ended."""
         return (
-            self._stopping
-            or bool(self._running)
+            bool(self._running)
             or self._can_admit()
             or any(done.done() for done in self._leaving.values())
             or any(job.cancelled for job in (*self._waiting, *self._leaving))
         )
+
+    def step(self) -> None:
+        """End what has ended, admit what can be, and compute the next chunks."""
+        self._finish_handovers()
+        self._drop_ended()
+        self._admit()
+        chunks = schedule(self._running, self.config.chunk_tokens)
+        if chunks:
+            self._compute(chunks)
+
+    def fail(self, error: KvrelayError) -> None:
+        """End every prompt with `error`."""
+        for job in self._jobs():
+            self._end(job, error)
+
+    def _jobs(self) -> tuple[PrefillJob, ...]:
+        with self.changed:
+            return (*self._running, *self._leaving, *self._waiting)
 
     def _can_admit(self) -> bool:
         if not self._waiting or len(self._running) >= self.config.max_running:
@@ -165,7 +150,7 @@ class PrefillEngine:
             self._end(job, job.error)
 
     def _drop_ended(self) -> None:
-        for job in (*self._running, *self._leaving, *self._waiting):
+        for job in self._jobs():
             if job.cancelled:
                 self._end(job, Cancelled("the prompt was dropped"))
             elif job.error is not None:
@@ -173,7 +158,7 @@ class PrefillEngine:
 
     def _admit(self) -> None:
         while self._can_admit():
-            with self._wake:
+            with self.changed:
                 job = self._waiting.popleft()
             self._running.append(job)
             keys = job.shareable_keys
@@ -205,7 +190,7 @@ class PrefillEngine:
             self.pool.name(job.blocks[index], job.keys[index])
         job.computed += len(found) * BLOCK_TOKENS
 
-    def _step(self, chunks: Sequence[Chunk[PrefillJob]]) -> None:
+    def _compute(self, chunks: Sequence[Chunk[PrefillJob]]) -> None:
         def on_layer(layer: int) -> None:
             for chunk in chunks:
                 self._feed.send_layer(chunk.prompt, layer, chunk.tokens)
@@ -248,15 +233,11 @@ class PrefillEngine:
             return
         self._running.remove(job)
         self._leaving[job] = done
-        done.add_done_callback(lambda _: self._notify())
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
+        done.add_done_callback(lambda _: self.wake())
 
     def _end(self, job: PrefillJob, error: KvrelayError | None) -> None:
         """Forget a job and free its blocks; nothing reads them any more once its sender has been aborted."""
-        with self._wake:
+        with self.changed:
             if job in self._waiting:
                 self._waiting.remove(job)
         if job in self._running:
@@ -267,3 +248,4 @@ class PrefillEngine:
         self.pool.release(job.blocks)
         job.blocks = []
         job.emit(error)
+        self.wake()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-
 from model_runtime.meter import Meter
 
 

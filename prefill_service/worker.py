@@ -1,5 +1,7 @@
 """A prefill worker: one process's model, engine and server. The control plane runs it as a Ray actor."""
 
+import asyncio
+
 import grpc.aio
 from kvrelay.errors import BadSetup
 from kvrelay.rpc import ServerThread
@@ -10,7 +12,7 @@ from kvrelay.v1.worker_pb2 import (
     WORKER_STATE_READY,
     GetWorkerStatusResponse,
 )
-from kvrelay.worker import WorkerServicer, add_worker_services, until_idle
+from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
 
 from kv_transfer.channel import Channels
@@ -95,8 +97,7 @@ class PrefillWorker:
     async def _drain(self) -> None:
         engine = self._engine
         if engine is not None:
-            engine.drain()
-            await until_idle(lambda: bool(engine.running or engine.waiting))
+            await asyncio.to_thread(engine.drain)
 
     def stop(self, grace: float = 1.0) -> None:
         """End the server and the engine; calling it again does nothing."""

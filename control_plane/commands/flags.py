@@ -31,7 +31,7 @@ class Flag:
         """As typer reads it from a command's signature."""
         names = [f"--{self.name.replace('_', '-')}", *([self.short] if self.short else [])]
         kind = bool if self.kind is bool else self.kind | None
-        annotation = Annotated[kind, typer.Option(*names, help=self.help, show_default=self.default not in (None, False))]
+        annotation = Annotated[kind, typer.Option(*names, help=self.help, show_default=bool(self.default))]
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation
         )
@@ -98,7 +98,7 @@ def with_sampling(command: Command) -> Command:
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:
-    given = {name: value for name, value in values.items() if value not in (None, False)}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
     try:
         return SamplingParams(**given)
     except (ValueError, TypeError) as error:

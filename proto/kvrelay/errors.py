@@ -1,26 +1,26 @@
 """The one error tree of kvrelay: each leaf has one gRPC code and one HTTP code.
 
 KvrelayError
-├── BadRequest                    the client must change something
-│   ├── InvalidArgument           INVALID_ARGUMENT     400   a field has a wrong type or value, an empty prompt
-│   ├── PromptTooLong             INVALID_ARGUMENT     413   more tokens or bytes than the context or limit allows
-│   └── ModelNotFound             NOT_FOUND            404   the model asked for is not served here
-├── Overloaded                    the client may try again later
-│   └── QueueFull                 RESOURCE_EXHAUSTED   429   the queue is at its bound; carries a retry hint
-├── Unavailable                   something that a request needs is gone
-│   ├── NoWorker                  UNAVAILABLE          503   no worker of a pool is ready, or all that were tried failed
-│   ├── Draining                  UNAVAILABLE          503   this worker takes no new request
-│   └── TransportLost             UNAVAILABLE          503   the channel between the pools (gRPC peer, Redis) is gone
-├── BadBlock                      a block that came is not what was agreed
-│   ├── BlockCorrupt              DATA_LOSS            502   magic, checksum, length or count is wrong
-│   └── BlockMismatch             FAILED_PRECONDITION  502   version, model or layout is another one
-├── LeaseLost                     ABORTED              503   the lease is unknown, was released, or ran out
-├── Cancelled                     CANCELLED            499   the client dropped the stream
-├── BadModel                      a model file cannot be used
-│   ├── ModelFileInvalid          FAILED_PRECONDITION  422   broken, truncated, or of an unknown architecture
-│   └── ModelUnreachable          UNAVAILABLE          503   it cannot be fetched from here
-├── BadSetup                      FAILED_PRECONDITION  500   a setting, port, device or library is not usable
-└── Internal                      INTERNAL             500   a fault of kvrelay's own, non-finite activations included
+├── BadRequest           the client must change something
+│   ├── InvalidArgument  INVALID_ARGUMENT    400  a field has a wrong type or value, an empty prompt
+│   ├── PromptTooLong    INVALID_ARGUMENT    413  more tokens or bytes than the context or limit allows
+│   └── ModelNotFound    NOT_FOUND           404  the model asked for is not served here
+├── Overloaded           the client may try again later
+│   └── QueueFull        RESOURCE_EXHAUSTED  429  the queue is at its bound; carries a retry hint
+├── Unavailable          something that a request needs is gone
+│   ├── NoWorker         UNAVAILABLE         503  no worker of a pool is ready, or all that were tried failed
+│   ├── Draining         UNAVAILABLE         503  this worker takes no new request
+│   └── TransportLost    UNAVAILABLE         503  the channel between the pools (gRPC peer, Redis) is gone
+├── BadBlock             a block that came is not what was agreed
+│   ├── BlockCorrupt     DATA_LOSS           502  magic, checksum, length or count is wrong
+│   └── BlockMismatch    FAILED_PRECONDITION 502  version, model or layout is another one
+├── LeaseLost            ABORTED             503  the lease is unknown, was released, or ran out
+├── Cancelled            CANCELLED           499  the client dropped the stream
+├── BadModel             a model file cannot be used
+│   ├── ModelFileInvalid FAILED_PRECONDITION 422  broken, truncated, or of an unknown architecture
+│   └── ModelUnreachable UNAVAILABLE         503  it cannot be fetched from here
+├── BadSetup             FAILED_PRECONDITION 500  a setting, port, device or library is not usable
+└── Internal             INTERNAL            500  a fault of kvrelay's own, non-finite activations included
 
 Over gRPC the leaf's name travels in the trailing metadata `kvrelay-error`, the retry hint in
 `kvrelay-retry-after` (seconds).

@@ -1,16 +1,14 @@
 """What a worker of either pool answers besides its own service: health, status, and drain."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import _async as aio  # pyright: ignore[reportAttributeAccessIssue] its stubs lack it
+from grpc_health.v1 import health_pb2_grpc
 
 from kvrelay.rpc import statuses
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
-
-IDLE_POLL_SECONDS = 0.02
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -38,13 +36,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.DrainResponse()
 
 
-async def until_idle(busy: Callable[[], bool]) -> None:
-    """Wait on the event loop until an engine, which lives in another thread, has nothing left to do."""
-    while busy():
-        await asyncio.sleep(IDLE_POLL_SECONDS)
-
-
 def add_worker_services(server: grpc.aio.Server, servicer: WorkerServicer) -> None:
     """Register status, drain and grpc.health.v1 (serving, since a worker listens only when it is ready)."""
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    health_pb2_grpc.add_HealthServicer_to_server(aio.HealthServicer(), server)

@@ -12,6 +12,7 @@ from control_plane.config import load
 def cluster() -> Iterator[Cluster]:
     """An embedded cluster."""
     cluster = Cluster(load())
+    cluster.prepare()
     cluster.start()
     yield cluster
     cluster.stop()

@@ -1,7 +1,5 @@
 """The block arena in MLX arrays: one array a frame and layer, `[blocks, kv_heads, 64, width]`."""
 
-import math
-
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +40,10 @@ class MlxArena:
         for frame in self.layout.frames:
             values = self._frames[layer][frame.name][block]
             host = np.array(values.view(mx.uint16) if frame.dtype in HOST_TYPES else values)
-            payload[frame.offset : frame.offset + frame.nbytes] = np.ascontiguousarray(host).view(np.uint8).reshape(-1)
-        return memoryview(payload)
+            payload[frame.offset : frame.offset + frame.nbytes] = (
+                np.ascontiguousarray(host).view(np.uint8).reshape(-1)
+            )
+        return payload.data
 
     def write_block(self, layer: int, block: int, payload: memoryview) -> None:
         """Put a block's bytes into place."""
@@ -71,8 +71,10 @@ class MlxArena:
         frames, fmt = self._frames[layer], self.layout.format
         if not fmt.quantized:
             return _joined(frames[f"{side}_values"][tables])
-        parts = (_joined(frames[f"{side}_{name}"][tables]) for name in ("codes", "scales", "biases"))
-        return dequantize(*parts, fmt)
+        codes, scales, biases = (
+            _joined(frames[f"{side}_{name}"][tables]) for name in ("codes", "scales", "biases")
+        )
+        return dequantize(codes, scales, biases, fmt)
 
 
 def _joined(gathered: mx.array) -> mx.array:
@@ -82,7 +84,8 @@ def _joined(gathered: mx.array) -> mx.array:
 
 
 def _from_bytes(octets: NDArray[np.uint8], frame: Frame) -> mx.array:
-    count = math.prod(frame.shape)
-    host = np.frombuffer(octets, HOST_TYPES.get(frame.dtype, frame.dtype), count, frame.offset)
+    host = octets[frame.offset : frame.offset + frame.nbytes].view(
+        np.dtype(HOST_TYPES.get(frame.dtype, frame.dtype))
+    )
     values = mx.array(host.reshape(frame.shape))
     return values.view(mx.bfloat16) if frame.dtype in HOST_TYPES else values

@@ -26,10 +26,11 @@ from kvrelay_kernels.quant.formats import Element
 
 
 class MlxBackend:
-    """See `Backend` in the kernel interface. Activations are `element`s; norms and rope run in float32 inside.
+    """See `Backend` in the kernel interface.
 
-    By default that is bfloat16 on Apple's GPUs (Gemma's activations overflow float16), and float32 on
-    MLX's CPU build, which serves for tests. MLX sets its own number of threads: `threads` is not used.
+    Activations are `element`s; norms and rope run in float32 inside. By default that is bfloat16 on
+    Apple's GPUs (Gemma's activations overflow float16), and float32 on MLX's CPU build, which serves for
+    tests. MLX sets its own number of threads: `threads` is not used.
     """
 
     name = "mlx"
@@ -103,7 +104,9 @@ class MlxBackend:
         _own(arena).append(layer, mx.array(blocks), mx.array(offsets), _rotate(k, cos, sin), v)
         return _rotate(q, cos, sin).astype(self._type).reshape(rows, spec.heads * spec.head_dim)
 
-    def attention(self, q: mx.array, batch: StepBatch, arena: Arena, layer: int, spec: AttentionSpec) -> mx.array:
+    def attention(
+        self, q: mx.array, batch: StepBatch, arena: Arena, layer: int, spec: AttentionSpec
+    ) -> mx.array:
         """See `Backend.attention`."""
         return attend(q, batch, _own(arena), layer, spec, self.counts)
 

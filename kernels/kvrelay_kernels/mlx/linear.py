@@ -99,7 +99,10 @@ def _affine(parts: Sequence[HostWeight], mode: WeightMode) -> AffineWeight | Non
     bits = MODE_BITS[mode]
     if fits and all(part.bits <= bits for part in coded):
         return concatenate(coded)
-    dense = [part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32) for part in parts]
+    dense = [
+        part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
+        for part in parts
+    ]
     columns = dense[0].shape[1]
     group = next((group for group in GROUPS if columns % group == 0), None)
     if group is None:

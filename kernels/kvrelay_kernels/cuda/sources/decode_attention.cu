@@ -19,7 +19,7 @@ struct Arguments {
     float2* stats;      // [2 * gridDim.x, query_tile]: peak (log2), sum
     int* arrivals;      // [sequences * kv_heads * query_tiles], zero between launches
     int table_stride, sequences;
-    float scale_log2;   // softmax scale * log2(e)
+    float scale_log2;   // softmax scale * log2(e), times the unit of scores
     int window;         // 0: none
 };
 
@@ -83,7 +83,7 @@ struct Feed {
         rows_of<whole>(to, from + k_codes + first_row * row_bytes, valid * row_bytes);
         rows_of<whole>(to + v_at, from + v_codes + first_row * row_bytes, valid * row_bytes);
         if constexpr (coded) {
-            constexpr int each = scale_bytes / 16, all = 4 * each;
+            constexpr int each = coded ? scale_bytes / 16 : 1, all = 4 * each;  // 16-byte pieces: of a frame, of all
 #pragma unroll
             for (int i = 0; i < (all + 31) / 32; i++) {
                 const int n = i * 32 + lane, which = n / each, piece = n % each;
@@ -123,8 +123,7 @@ struct Feed {
 struct Softmax {
     u32 q[steps][2 * query_halves];
     float q_sum[query_halves][groups];
-    float sum[query_halves][steps][4];   // of probability * scale * centred code
-    float bias[query_halves][groups];    // of probability * (bias + centre * scale)
+    float sum[query_halves][steps][4];   // of probability * value
     float total[query_halves];           // of probabilities
     float offset[query_halves];          // probability = 2^(score * scale_log2 + offset)
     float limit[query_halves];           // a score above this moves the offset
@@ -132,8 +131,7 @@ struct Softmax {
     DEVICE void reset() {
 #pragma unroll
         for (int m = 0; m < query_halves; m++) {
-            total[m] = 0, offset[m] = 0, limit[m] = -infinity;
-            for (int i = 0; i < groups; i++) bias[m][i] = 0;
+            total[m] = 0, offset[m] = 0, limit[m] = -infinity();
 #pragma unroll
             for (int i = 0; i < steps; i++) sum[m][i][0] = sum[m][i][1] = sum[m][i][2] = sum[m][i][3] = 0;
         }
@@ -145,7 +143,7 @@ struct Softmax {
         else return pair;
     }
 
-    // Queries in the order of dimensions that key_pairs() gives.
+    // Queries in the order of dimensions that code_pairs() gives.
     DEVICE void load(const Arguments& a, const Segment& s) {
         const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -166,8 +164,8 @@ struct Softmax {
                 for (int i = 0; i < steps; i++) {
                     uint2 w = {0, 0};
                     if (real) w = __ldg(reinterpret_cast<const uint2*>(words) + 4 * i + t);
-                    q[i][m] = pair_of(w.x, w.x, 0x3210);
-                    q[i][query_halves + m] = pair_of(w.y, w.y, 0x3210);
+                    q[i][m] = pair_of(w.x, w.y, 0x5410);
+                    q[i][query_halves + m] = pair_of(w.x, w.y, 0x7632);
                 }
             } else {
 #pragma unroll
@@ -175,9 +173,9 @@ struct Softmax {
                     uint4 w = {0, 0, 0, 0};
                     if (real) w = __ldg(reinterpret_cast<const uint4*>(words) + 2 * i + t);
                     q[i][m] = pair_of(w.x, w.z, 0x5410);
-                    q[i][query_halves + m] = pair_of(w.x, w.z, 0x7632);
+                    q[i][query_halves + m] = multiply_halves(pair_of(w.x, w.z, 0x7632), half_4);
                     q[i + 1][m] = pair_of(w.y, w.w, 0x5410);
-                    q[i + 1][query_halves + m] = pair_of(w.y, w.w, 0x7632);
+                    q[i + 1][query_halves + m] = multiply_halves(pair_of(w.y, w.w, 0x7632), half_4);
                 }
             }
             if constexpr (coded) {
@@ -187,10 +185,11 @@ struct Softmax {
 #pragma unroll
                     for (int j = i * group / 16; j < (i + 1) * group / 16; j++) {
                         x += low_half(q[j][m]) + high_half(q[j][m]);
-                        x += low_half(q[j][query_halves + m]) + high_half(q[j][query_halves + m]);
+                        const float odd = low_half(q[j][query_halves + m]) + high_half(q[j][query_halves + m]);
+                        x += odd * (code_units / odd_pair_units<bits>);
                     }
                     x += __shfl_xor_sync(every_lane, x, 1);
-                    q_sum[m][i] = x + __shfl_xor_sync(every_lane, x, 2);
+                    q_sum[m][i] = (x + __shfl_xor_sync(every_lane, x, 2)) / code_units;
                 }
             }
         }
@@ -220,11 +219,6 @@ struct Softmax {
     DEVICE void scores_of(float (&score)[2][query_halves][2], u32 keys, u32 scales) const {
         const int lane = threadIdx.x & 31, t = lane % 4;
         float product[2][groups][4];
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int i = 0; i < groups; i++)
-                product[h][i][0] = product[h][i][1] = product[h][i][2] = product[h][i][3] = 0;
         const u32 at = keys + (lane & 15) * pitch + lane / 16 * 16;
 #pragma unroll
         for (int c = 0; c + 1 < chunks; c += 2) {
@@ -233,8 +227,8 @@ struct Softmax {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 u32 b[2][pairs];
-                key_pairs<bits>(b[0], word[h]);
-                key_pairs<bits>(b[1], word[2 + h]);
+                code_pairs<bits>(b[0], word[h]);
+                code_pairs<bits>(b[1], word[2 + h]);
                 const u32* pair = b[0];
 #pragma unroll
                 for (int i = 0; i < pairs; i++) apply_key(product[h], c * pairs / 2 + i, pair[2 * i], pair[2 * i + 1]);
@@ -246,7 +240,7 @@ struct Softmax {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 u32 b[pairs];
-                key_pairs<bits>(b, word[h]);
+                code_pairs<bits>(b, word[h]);
 #pragma unroll
                 for (int i = 0; i < pairs / 2; i++)
                     apply_key(product[h], (chunks - 1) * pairs / 2 + i, b[2 * i], b[2 * i + 1]);
@@ -280,6 +274,7 @@ struct Softmax {
 
     DEVICE void apply_key(float (&product)[groups][4], int step, u32 b0, u32 b1) const {
         const int j = coded ? 16 * step / group : 0;
+        if (coded ? 16 * step % group == 0 : step == 0) product[j][0] = product[j][1] = product[j][2] = product[j][3] = 0;
         if constexpr (query_halves == 1) multiply<bfloat_product>(product[j], q[step][0], 0, q[step][1], 0, b0, b1);
         else multiply<bfloat_product>(product[j], q[step][0], q[step][1], q[step][2], q[step][3], b0, b1);
     }
@@ -295,12 +290,12 @@ struct Softmax {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int key = key0 + 8 * h + 2 * t + i;
-                    if (key > last || (a.window > 0 && key <= last - a.window)) score[h][m][i] = -infinity;
+                    if (key > last || (a.window > 0 && key <= last - a.window)) score[h][m][i] = -infinity();
                 }
         }
     }
 
-    // Move the offsets so that the largest probability is 2^6. Rare: scores rise above all before only now and then.
+    // Move the offsets so that the largest probability is 2^7. Rare: scores rise above all before only now and then.
     DEVICE void move_offsets(const float (&top)[query_halves], float scale_log2) {
         const int t = threadIdx.x & 3;
 #pragma unroll
@@ -309,14 +304,12 @@ struct Softmax {
             peak = fmaxf(peak, __shfl_xor_sync(every_lane, peak, 2));
             float factor = 1;
             if (peak > limit[m]) {
-                const float moved = 6 - peak * scale_log2;
-                factor = limit[m] == -infinity ? 0 : exp2_fast(moved - offset[m]);
+                const float moved = 7 - peak * scale_log2;
+                factor = limit[m] == -infinity() ? 0 : exp2_fast(moved - offset[m]);
                 offset[m] = moved;
                 limit[m] = peak + 4 / scale_log2;
             }
             total[m] *= factor;
-#pragma unroll
-            for (int i = 0; i < groups; i++) bias[m][i] *= factor;
             const float low = __shfl_sync(every_lane, factor, 8 * t), high = __shfl_sync(every_lane, factor, 8 * t + 4);
 #pragma unroll
             for (int i = 0; i < steps; i++) {
@@ -358,7 +351,9 @@ struct Softmax {
                     low[h][m] = pack<true>(p[h][m][0] - low_bfloat(high[h][m]), p[h][m][1] - high_bfloat(high[h][m]));
             }
 
-        u32 weight[2][query_halves][groups];
+        // Values: sum of (p * scale) * code + p * bias, two products into one sum, so that the two, which nearly cancel,
+        // never grow apart over a long sequence. 2^-24, the unit of codes, is shared between p and the bias.
+        u32 weight[2][query_halves][groups], bias[2][groups];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             if constexpr (coded) {
@@ -366,17 +361,28 @@ struct Softmax {
                 scale_words(scale, scales + 2 * scale_bytes + (h * 8 + 2 * t) * groups * 2);
                 scale_words(shift, scales + 3 * scale_bytes + (h * 8 + 2 * t) * groups * 2);
 #pragma unroll
-                for (int j = 0; j < groups; j++) shift[j] = fma_halves(scale[j], centre_pair<bits>, shift[j]);
+                for (int j = 0; j < groups; j++) bias[h][j] = scale_pair(shift, j);
 #pragma unroll
-                for (int m = 0; m < query_halves; m++)
+                for (int m = 0; m < query_halves; m++) {
 #pragma unroll
-                    for (int j = 0; j < groups; j++) {
-                        weight[h][m][j] = multiply_halves(high[h][m], scale_pair(scale, j));
-                        bias[m][j] += p[h][m][0] * scale_of(shift, 0, j);
-                        bias[m][j] += p[h][m][1] * scale_of(shift, 1, j);
-                    }
+                    for (int j = 0; j < groups; j++) weight[h][m][j] = multiply_halves(high[h][m], scale_pair(scale, j));
+                    low[h][m] = multiply_halves(high[h][m], half_14);
+                }
             } else {
                 for (int m = 0; m < query_halves; m++) weight[h][m][0] = high[h][m];
+            }
+        }
+        if constexpr (coded) {
+#pragma unroll
+            for (int j = 0; j < groups; j++) {
+                const u32 even0 = multiply_halves(bias[0][j], half_10), even1 = multiply_halves(bias[1][j], half_10);
+                const u32 odd0 = bits == 4 ? multiply_halves(bias[0][j], half_6) : even0;
+                const u32 odd1 = bits == 4 ? multiply_halves(bias[1][j], half_6) : even1;
+#pragma unroll
+                for (int i = j * group / 16; i < (j + 1) * group / 16; i++)
+#pragma unroll
+                    for (int m = 0; m < query_halves; m++)
+                        multiply<false>(sum[m][i], even0, odd0, even1, odd1, low[0][m], low[1][m]);
             }
         }
 
@@ -406,8 +412,8 @@ struct Softmax {
 
     DEVICE void apply_values(int chunk, u32 first, u32 second, const u32 (&weight)[2][query_halves][groups]) {
         u32 a[2][pairs];
-        value_pairs<bits>(a[0], first);
-        value_pairs<bits>(a[1], second);
+        code_pairs<bits>(a[0], first);
+        code_pairs<bits>(a[1], second);
 #pragma unroll
         for (int i = 0; i < pairs / 2; i++) {
             const int step = chunk * pairs / 2 + i, j = 16 * step / group;
@@ -424,7 +430,7 @@ struct Softmax {
         float peak[query_halves];
 #pragma unroll
         for (int m = 0; m < query_halves; m++) {
-            peak[m] = limit[m] == -infinity ? -1e30f : -offset[m];
+            peak[m] = limit[m] == -infinity() ? -1e30f : -offset[m];
             if (t == 0) peaks[warp * query_tile + g + 8 * m] = peak[m];
         }
         __syncthreads();
@@ -438,25 +444,18 @@ struct Softmax {
             all += __shfl_xor_sync(every_lane, all, 2);
             if (t == 0) sums[warp * query_tile + g + 8 * m] = all * factor;
             const float low = __shfl_sync(every_lane, factor, 8 * t), high = __shfl_sync(every_lane, factor, 8 * t + 4);
-            float low_bias[groups], high_bias[groups];
-#pragma unroll
-            for (int j = 0; j < groups; j++) {
-                float x = bias[m][j] + __shfl_xor_sync(every_lane, bias[m][j], 1);
-                x += __shfl_xor_sync(every_lane, x, 2);
-                low_bias[j] = __shfl_sync(every_lane, x, 8 * t);
-                high_bias[j] = __shfl_sync(every_lane, x, 8 * t + 4);
-            }
+            constexpr float even = coded ? code_units : 1, odd = coded ? odd_pair_units<bits> : 1;
             float* to = area + (warp * tile_queries + 2 * t + 8 * m) * area_pitch;
 #pragma unroll
             for (int i = 0; i < steps; i++) {
-                const int j = coded ? 16 * i / group : 0, d = output_dim(i, g);
+                const int d = output_dim(i, g);
                 if (2 * t + 8 * m < tile_queries) {
-                    to[d] = (sum[m][i][0] + low_bias[j]) * low;
-                    to[d + output_stride] = (sum[m][i][2] + low_bias[j]) * low;
+                    to[d] = sum[m][i][0] * (low * even);
+                    to[d + output_stride] = sum[m][i][2] * (low * odd);
                 }
                 if (2 * t + 1 + 8 * m < tile_queries) {
-                    to[area_pitch + d] = (sum[m][i][1] + high_bias[j]) * high;
-                    to[area_pitch + d + output_stride] = (sum[m][i][3] + high_bias[j]) * high;
+                    to[area_pitch + d] = sum[m][i][1] * (high * even);
+                    to[area_pitch + d + output_stride] = sum[m][i][3] * (high * odd);
                 }
             }
         }
@@ -538,7 +537,7 @@ decode_attention(const u16* q, const u8* cache, u64 block_bytes, const int* tabl
                  float* partials, float2* stats, int* arrivals, int table_stride, int sequences, float scale_log2,
                  int window) {
     const Arguments a{q, cache, block_bytes, tables, lengths, out, partials, stats, arrivals,
-                      table_stride, sequences, scale_log2, window};
+                      table_stride, sequences, coded ? scale_log2 * code_units : scale_log2, window};
     const int warp = threadIdx.x / 32;
     float* area = reinterpret_cast<float*>(memory + area_at);
     float* peaks = reinterpret_cast<float*>(memory + peaks_at);

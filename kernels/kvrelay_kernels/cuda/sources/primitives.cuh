@@ -9,7 +9,7 @@ using u64 = unsigned long long;
 #define DEVICE __device__ __forceinline__
 
 constexpr u32 every_lane = 0xffffffffu;
-constexpr float infinity = __builtin_huge_valf();
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 

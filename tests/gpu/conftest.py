@@ -1,0 +1,24 @@
+"""GPU tests run where CuPy sees a device (`pytest tests/gpu`); elsewhere they are skipped."""
+
+from pathlib import Path
+
+import pytest
+
+from kvrelay_kernels.cuda.module import KernelCache
+
+
+@pytest.fixture(scope="session")
+def cupy():
+    """CuPy, if it is installed and has a device."""
+    library = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
+    try:
+        library.cuda.runtime.getDeviceCount()
+    except library.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no GPU: {error}")
+    return library
+
+
+@pytest.fixture(scope="session")
+def kernels(cupy, tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
+    """Compiled kernels of this test session."""
+    return KernelCache(Path(tmp_path_factory.mktemp("cubins")))

@@ -1,0 +1,128 @@
+"""The split-K decode kernel against float64 attention over the values its codes stand for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from paged_cache import DTYPES, PagedCache, exact_attention, random_cache
+
+from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, Element16
+from kvrelay_kernels.cuda.module import KernelCache
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.interface import AttentionSpec
+from kvrelay_kernels.quant import BlockLayout, parse_format
+
+HEADS = {64: (9, 3), 96: (12, 4), 128: (32, 8), 256: (16, 2)}
+FORMATS = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]
+RAGGED = [1, 0, 63, 64, 65, 200, 1337, 5000]
+BOUND = 2e-3
+
+
+def make(
+    fmt: str, head_dim: int, element: Element16, rows: int = 1, window: int | None = None, heads: Any = None
+) -> DecodeProblem:
+    total, kv = heads or HEADS[head_dim]
+    layout = BlockLayout(parse_format(fmt, head_dim, element), kv, head_dim)
+    return DecodeProblem(layout, AttentionSpec(total, kv, head_dim, head_dim**-0.5, window), element, rows)
+
+
+def run(cupy: Any, kernels: KernelCache, problem: DecodeProblem, cache: PagedCache, q: Any) -> Any:
+    """The kernel's output as float32, from a poisoned buffer."""
+    operation = DecodeAttention(problem, len(cache.lengths), kernels)
+    out = cupy.full(q.shape, 0xFFFF, np.uint16)
+    operation(cupy.asarray(q.view(np.uint16)), *map(cupy.asarray, (cache.arena, cache.tables, cache.lengths)), out)
+    return out.get().view(q.dtype).astype(np.float32)
+
+
+def relative_error(got: Any, want: Any) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def check(cupy: Any, kernels: KernelCache, problem: DecodeProblem, lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cache = random_cache(rng, problem.layout, lengths)
+    shape = (len(lengths) * problem.rows, problem.spec.heads, problem.spec.head_dim)
+    q = rng.standard_normal(shape).astype(DTYPES[problem.element])
+    want = exact_attention(q, cache, problem.spec, problem.rows)
+    got = run(cupy, kernels, problem, cache, q)
+    assert np.isfinite(got).all()
+    for s, length in enumerate(lengths):
+        rows = slice(s * problem.rows, (s + 1) * problem.rows)
+        if length == 0:
+            assert not got[rows].any()
+        else:
+            assert relative_error(got[rows], want[rows]) < 2 * BOUND, f"sequence {s}"
+    assert relative_error(got, want) < BOUND
+
+
+@pytest.mark.parametrize("head_dim", HEADS)
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_ragged_batch(cupy: Any, kernels: KernelCache, fmt: str, element: Element16, head_dim: int) -> None:
+    if head_dim == 96 and fmt.endswith("g64"):
+        pytest.skip("a group of 64 does not divide 96")
+    check(cupy, kernels, make(fmt, head_dim, element), RAGGED, seed=head_dim)
+
+
+@pytest.mark.parametrize("window", [1, 63, 300])
+@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int4-g64"])
+def test_sliding_window(cupy: Any, kernels: KernelCache, fmt: str, window: int) -> None:
+    check(cupy, kernels, make(fmt, 128, "bfloat16", window=window), RAGGED, seed=window)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 32])
+@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int4-g32"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_several_rows(cupy: Any, kernels: KernelCache, fmt: str, rows: int, window: int | None) -> None:
+    lengths = [rows, rows + 1, 64 + rows, 640, 3000]
+    check(cupy, kernels, make(fmt, 128, "bfloat16", rows, window), lengths, seed=rows)
+
+
+@pytest.mark.parametrize("head_dim", HEADS)
+def test_rows_and_window_at_every_head_dimension(cupy: Any, kernels: KernelCache, head_dim: int) -> None:
+    check(cupy, kernels, make("int8-g32", head_dim, "float16", 4, 100), [4, 77, 1000], seed=head_dim)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (7, 1), (16, 1), (40, 2)])
+def test_query_heads_per_kv_head(cupy: Any, kernels: KernelCache, heads: tuple[int, int]) -> None:
+    check(cupy, kernels, make("int8-g64", 128, "bfloat16", heads=heads), [300, 2, 900], seed=heads[0])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_long_sequence(cupy: Any, kernels: KernelCache, fmt: str) -> None:
+    """Weighted sums of 131072 standard normal values nearly cancel: a lost bit shows here first."""
+    check(cupy, kernels, make(fmt, 128, "bfloat16", heads=(4, 1)), [131072], seed=1)
+
+
+def test_large_batch(cupy: Any, kernels: KernelCache) -> None:
+    lengths = np.random.default_rng(5).integers(0, 400, 300).tolist()
+    check(cupy, kernels, make("int8-g64", 64, "bfloat16"), lengths, seed=5)
+
+
+def test_extreme_scores(cupy: Any, kernels: KernelCache) -> None:
+    """Scores of thousands, rising along the sequence: the running maximum has to move many times."""
+    problem = make("int8-g64", 128, "bfloat16")
+    rng = np.random.default_rng(8)
+    cache = random_cache(rng, problem.layout, [2000, 500])
+    q = (100 * rng.standard_normal((2, 32, 128))).astype(DTYPES["bfloat16"])
+    got = run(cupy, kernels, problem, cache, q)
+    assert relative_error(got, exact_attention(q, cache, problem.spec, 1)) < 5e-3
+
+
+def test_same_input_same_bits(cupy: Any, kernels: KernelCache) -> None:
+    problem = make("int8-g64", 128, "bfloat16")
+    rng = np.random.default_rng(9)
+    cache = random_cache(rng, problem.layout, RAGGED)
+    q = rng.standard_normal((len(RAGGED), 32, 128)).astype(DTYPES["bfloat16"])
+    first = run(cupy, kernels, problem, cache, q)
+    assert all(np.array_equal(run(cupy, kernels, problem, cache, q), first) for _ in range(20))
+
+
+def test_refuses_what_it_cannot_run() -> None:
+    with pytest.raises(FormatUnsupported, match="head dimensions"):
+        make("int8-g32", 160, "bfloat16", heads=(4, 2))
+    with pytest.raises(FormatUnsupported, match="query rows"):
+        make("int8-g64", 128, "bfloat16", rows=33)
+    with pytest.raises(FormatUnsupported, match="does not go with"):
+        layout = BlockLayout(parse_format("none", 128, "float16"), 8, 128)
+        DecodeProblem(layout, AttentionSpec(32, 8, 128, 0.1), "bfloat16")
