@@ -38,17 +38,6 @@ class Cluster:
         """Whether the cluster is this process's own."""
         return self._config.ray.address is None
 
-    def prepare(self) -> None:
-        """Set what Ray and gRPC take from the environment of a process, and nowhere else; before either is used."""
-        # Ray's children are made by fork and exec while gRPC runs, which is safe, but which gRPC comments on.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if self.embedded:
-            # Without one, Ray writes a token into the home folder, which a container may lack or hold read-only.
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-            # Else it starts a process for each core, none of which an actor with its own environment can use.
-            os.environ["RAY_prestart_worker_first_driver"] = "0"
-
     def start(self) -> None:
         """Start or join the cluster. Call it on the main thread: Ray's processes die with the thread that made them.
 
@@ -61,7 +50,14 @@ class Cluster:
                 self._embed()
             else:
                 ray.init(address=address, log_to_driver=self._verbose, logging_level=self._level)
-        except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError, ray.exceptions.RayError) as error:
+        except (
+            ConnectionError,
+            RuntimeError,
+            ValueError,
+            OSError,
+            TimeoutError,
+            ray.exceptions.RayError,
+        ) as error:
             self.stop()
             where = "an embedded Ray cluster" if address is None else f"the Ray cluster at {address}"
             raise BadSetup(f"{where} is not usable: {_first_line(error)}") from error
@@ -87,6 +83,16 @@ class Cluster:
         if num_cpus is None:
             num_cpus = cores() if any(pool.cpus for pool in pools) else 0
         self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-", dir=_short_folder()))
+        # Ray takes these from the environment of the process that starts it, and nowhere else.
+        os.environ.update(
+            {
+                # Without one, Ray writes a token into the home folder, which a container may lack or hold read-only.
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                # Else a process is started for each core, which no actor with an environment of its own can use.
+                "RAY_prestart_worker_first_driver": "0",
+            }
+        )
         ray.init(
             address="local",
             num_cpus=num_cpus,

@@ -20,7 +20,9 @@ def gateway_config(config: KvrelayConfig) -> GatewayConfig:
     return GatewayConfig(**config.gateway.model_dump())
 
 
-def prefill_plan(config: KvrelayConfig, store: str | None, resources: Callable[[], Mapping[str, float]]) -> PoolPlan:
+def prefill_plan(
+    config: KvrelayConfig, store: str | None, resources: Callable[[], Mapping[str, float]]
+) -> PoolPlan:
     """The prefill pool's part; `store` is the URI of the server that prefixes are shared through."""
     settings = config.prefill
 
@@ -52,7 +54,9 @@ def prefill_plan(config: KvrelayConfig, store: str | None, resources: Callable[[
     )
 
 
-def decode_plan(config: KvrelayConfig, transport: str, resources: Callable[[], Mapping[str, float]]) -> PoolPlan:
+def decode_plan(
+    config: KvrelayConfig, transport: str, resources: Callable[[], Mapping[str, float]]
+) -> PoolPlan:
     """The decode pool's part; `transport` is `grpc` or the URI that blocks come through."""
     settings = config.decode
 

@@ -40,7 +40,9 @@ class PoolPlan:
 class WorkerPool:
     """The workers of one kind. All methods run on one event loop, the directory's."""
 
-    def __init__(self, plan: PoolPlan, directory: Directory, tell: Tell, times: SeatTimes | None = None) -> None:
+    def __init__(
+        self, plan: PoolPlan, directory: Directory, tell: Tell, times: SeatTimes | None = None
+    ) -> None:
         self._plan = plan
         self._directory = directory
         self._tell = tell
@@ -114,4 +116,3 @@ class WorkerPool:
             },
         ).remote(self._plan.make, self._plan.configure(worker_id))
         return worker_id, actor
-

@@ -205,10 +205,14 @@ class Seat:
     def _give_up(self, error: Exception) -> None:
         """Raise where another try makes no sense."""
         if isinstance(error, TimeoutError):
-            raise BadSetup(f"{self.worker_id} was not ready within {self._times.start:.0f} s: {self.activity}")
+            raise BadSetup(
+                f"{self.worker_id} was not ready within {self._times.start:.0f} s: {self.activity}"
+            )
         if isinstance(error, RayTaskError):
             cause = error.cause
-            raise cause if isinstance(cause, KvrelayError) else Internal(f"{self.worker_id}: {_reason(error)}")
+            raise (
+                cause if isinstance(cause, KvrelayError) else Internal(f"{self.worker_id}: {_reason(error)}")
+            )
         if self.restarts + 1 >= self._times.first_tries:
             raise NoWorker(f"{self.worker_id} died while it started, like those before it: {_reason(error)}")
 

@@ -4,20 +4,18 @@ import asyncio
 import errno
 import socket
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 
 from gateway_service.directory import WorkerDirectory
 from gateway_service.gateway import ExtraService, Gateway
-from gateway_service.model import load_served_model
+from gateway_service.model import ServedModel, load_served_model
 from kv_transfer.embedded import EmbeddedServer
 from kvrelay.errors import BadSetup
 from kvrelay.v1.control_pb2 import GetStatusResponse
 from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.quant.formats import parse_format
-from model_runtime.catalog import resolve
 from model_runtime.progress import Progress, silent
 
 from control_plane.cluster import Cluster
@@ -28,8 +26,6 @@ from control_plane.pool import WorkerPool
 from control_plane.seat import SeatTimes, Tell
 from control_plane.servicer import ControlServicer
 
-Opened = tuple[Gateway, dict[str, WorkerPool]]
-
 CONTROL_SERVICE = "kvrelay.v1.ControlService"
 
 GRACE_SECONDS = 0.5
@@ -39,7 +35,9 @@ GRACE_SECONDS = 0.5
 class System:
     """Started and stopped on the main thread; in between it runs by itself, and its gateway answers all calls."""
 
-    def __init__(self, config: KvrelayConfig, tell: Tell, progress: Progress = silent, verbose: bool = False) -> None:
+    def __init__(
+        self, config: KvrelayConfig, tell: Tell, progress: Progress = silent, verbose: bool = False
+    ) -> None:
         """`tell` hears who does what, `progress` how far a download is."""
         self._config = config
         self._tell = tell
@@ -67,27 +65,27 @@ class System:
         config = self._config
         # What can be found wrong quickly comes first: Ray takes seconds.
         check_port(config.gateway.host, config.gateway.port)
-        resolve(config.model.name, progress=self._progress)
-        cluster = Cluster(config, self._verbose)
-        cluster.prepare()
+        model = load_served_model(config.model.name, config.model.kv_format, progress=self._progress)
+        check_format(model)
         transport = self._open_transport()
-        loop = LoopThread("control-plane")
-        self._stops.callback(loop.stop)
+        cluster = Cluster(config, self._verbose)
         self._stops.callback(cluster.stop)
-        opening = loop.submit(self._open_gateway(cluster, transport))
-        self._stops.callback(_close_what_opened, loop, opening)
         self._tell("ray", "starting" if cluster.embedded else f"joining {config.ray.address}")
         cluster.start()
         self._tell("ray", "ready")
-        gateway, pools = opening.result()
+        # Not before Ray: its processes are forked off, and gRPC warns of forks while it serves.
+        loop = LoopThread("control-plane")
+        self._stops.callback(loop.stop)
+        gateway, pools = loop.call(self._open_gateway(model, cluster, transport))
+        self._stops.callback(lambda: loop.call(_close(gateway, pools)))
         loop.call(_fill(pools, {"prefill": config.prefill.workers, "decode": config.decode.workers}))
         return f"{config.gateway.host}:{gateway.port}"
 
-    async def _open_gateway(self, cluster: Cluster, transport: str) -> Opened:
-        """A gateway that answers, and pools without workers; Ray need not run yet."""
+    async def _open_gateway(
+        self, model: ServedModel, cluster: Cluster, transport: str
+    ) -> tuple[Gateway, dict[str, WorkerPool]]:
+        """A gateway that answers, and pools without workers."""
         config = self._config
-        served = await asyncio.to_thread(load_served_model, config.model.name, config.model.kv_format)
-        check_format(served.kv_format, served.config.head_dim)
         settings = gateway_config(config)
         directory = WorkerDirectory(settings.poll_seconds, settings.lost_seconds)
         store = transport if config.transport.share_prefixes and transport != "grpc" else None
@@ -100,8 +98,8 @@ class System:
 
         def status() -> GetStatusResponse:
             return GetStatusResponse(
-                model=served.name,
-                kv_format=served.kv_format,
+                model=model.name,
+                kv_format=model.kv_format,
                 transport=transport,
                 queued=gateway.queued,
                 running=gateway.running,
@@ -109,7 +107,7 @@ class System:
 
         control = ControlServicer(pools, directory.statuses, status)
         extra = ExtraService(CONTROL_SERVICE, partial(add_ControlServiceServicer_to_server, control))
-        gateway = Gateway(settings, served, directory, [extra])
+        gateway = Gateway(settings, model, directory, [extra])
         await gateway.start()
         return gateway, pools
 
@@ -145,25 +143,16 @@ def check_port(host: str, port: int) -> None:
         raise BadSetup(f"cannot listen on {host}:{port}: {why}") from error
 
 
-def check_format(kv_format: str, head_dim: int) -> None:
+def check_format(model: ServedModel) -> None:
     """See at once what every worker would find later. Raises BadSetup."""
     try:
-        parse_format(kv_format, head_dim)
+        parse_format(model.kv_format, model.config.head_dim)
     except FormatUnsupported as error:
         raise BadSetup(str(error)) from error
 
 
 async def _fill(pools: Mapping[str, WorkerPool], sizes: Mapping[str, int]) -> None:
     await asyncio.gather(*(pools[name].scale(size) for name, size in sizes.items()))
-
-
-def _close_what_opened(loop: LoopThread, opening: Future[Opened]) -> None:
-    """Close a gateway and its pools, also where the start was broken off before they were there."""
-    try:
-        gateway, pools = opening.result()
-    except Exception:  # the start has raised it, or was broken off for another reason
-        return
-    loop.call(_close(gateway, pools))
 
 
 async def _close(gateway: Gateway, pools: Mapping[str, WorkerPool]) -> None:

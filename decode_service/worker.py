@@ -100,10 +100,10 @@ class DecodeWorker:
             await asyncio.to_thread(engine.drain)
 
     def stop(self, grace: float = 1.0) -> None:
-        """End the server and the engine; calling it again does nothing."""
-        self._server.stop(grace)
+        """End the engine and the server; calling it again does nothing."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.stop()
+        self._server.stop(grace)
         if self._receiver is not None:
             self._receiver.stop()

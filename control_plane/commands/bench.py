@@ -44,7 +44,9 @@ def bench(
     verbose: bool,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt; its tokens are random.")] = 512,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of each prompt; its tokens are random.")
+    ] = 512,
     output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     address: Address = None,
@@ -53,7 +55,9 @@ def bench(
     with client_of(address, config, verbose) as client:
         model = client.model()
         if prompt_tokens + output_tokens > model.context:
-            raise InvalidArgument(f"{prompt_tokens} + {output_tokens} tokens are beyond the context of {model.context}")
+            raise InvalidArgument(
+                f"{prompt_tokens} + {output_tokens} tokens are beyond the context of {model.context}"
+            )
         draw = random.Random(seed)
         prompts = [[draw.randrange(model.vocabulary) for _ in range(prompt_tokens)] for _ in range(requests)]
         began = perf_counter()

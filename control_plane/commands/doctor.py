@@ -40,7 +40,9 @@ def examine(probes: list[Probe]) -> dict[str, Any]:
     usable = {found.name for found in probes if found.available}
     chosen = next((name for name in PREFERENCE if name in usable and usual(name)), None)
     passed = PREFERENCE[: PREFERENCE.index(chosen)] if chosen else PREFERENCE
-    reasons = [f"{name} {'is not usable' if usual(name) else f'is not meant for {sys.platform}'}" for name in passed]
+    reasons = [
+        f"{name} {'is not usable' if usual(name) else f'is not meant for {sys.platform}'}" for name in passed
+    ]
     return {
         "system": platform.platform(),
         "python": platform.python_version(),

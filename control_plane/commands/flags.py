@@ -44,13 +44,23 @@ SYSTEM = (
     Flag("backend", str, "auto, cpu, mlx, cuda or reference.", ("model.backend",)),
     Flag("prefill", int, "Prefill workers.", ("prefill.workers",)),
     Flag("decode", int, "Decode workers.", ("decode.workers",)),
-    Flag("threads", int, "Compute threads of a worker; default: all cores.", ("prefill.threads", "decode.threads")),
+    Flag(
+        "threads",
+        int,
+        "Compute threads of a worker; default: all cores.",
+        ("prefill.threads", "decode.threads"),
+    ),
     Flag("chunk", int, "Prompt tokens of one prefill step.", ("prefill.chunk_tokens",)),
     Flag("slots", int, "Sequences that share a decode step.", ("decode.slots",)),
     Flag(
-        "transport", str, "grpc; redis (starts a server of its own); or a redis:// or redis+unix:// URI.", ("transport.uri",)
+        "transport",
+        str,
+        "grpc; redis (starts a server of its own); or a redis:// or redis+unix:// URI.",
+        ("transport.uri",),
     ),
-    Flag("ray_address", str, "Ray cluster to run the workers on; default: an embedded one.", ("ray.address",)),
+    Flag(
+        "ray_address", str, "Ray cluster to run the workers on; default: an embedded one.", ("ray.address",)
+    ),
 )
 SERVER = (
     Flag("host", str, "Address to listen at.", ("gateway.host",)),

@@ -29,7 +29,9 @@ def generate(
     verbose: bool,
     sampling: SamplingParams,
     prompt: Annotated[str | None, typer.Option(help="The prompt; default: standard input.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
     system: System = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of the text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing besides the answer.")] = False,
@@ -52,7 +54,12 @@ def generate(
 @with_settings()
 @with_sampling
 def chat(
-    *, config: KvrelayConfig, verbose: bool, sampling: SamplingParams, system: System = None, address: Address = None
+    *,
+    config: KvrelayConfig,
+    verbose: bool,
+    sampling: SamplingParams,
+    system: System = None,
+    address: Address = None,
 ) -> None:
     """Talk; /reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer."""
     first = [("system", system)] if system is not None else []

@@ -18,7 +18,13 @@ def list_models() -> None:
     table = Table("name", "here", "size", "license", "what it is", box=None)
     for model in known_models():
         here = (default_cache_dir() / model.name / model.file).is_file()
-        table.add_row(model.name, "yes" if here else "no", f"{model.nbytes / 1e6:.0f} MB", model.license, model.description)
+        table.add_row(
+            model.name,
+            "yes" if here else "no",
+            f"{model.nbytes / 1e6:.0f} MB",
+            model.license,
+            model.description,
+        )
     Console(width=140).print(table)
 
 

@@ -58,8 +58,22 @@ def status(
     if as_json:
         print(json.dumps(_as_json(found)))
         return
-    print(f"{found.model}  kv {found.kv_format}  transport {found.transport}  queued {found.queued}  running {found.running}")
-    table = Table("worker", "state", "running", "waiting", "slots free", "blocks free", "cached", "tok/s", "tokens", "moved", box=None)
+    print(
+        f"{found.model}  kv {found.kv_format}  transport {found.transport}  queued {found.queued}  running {found.running}"
+    )
+    table = Table(
+        "worker",
+        "state",
+        "running",
+        "waiting",
+        "slots free",
+        "blocks free",
+        "cached",
+        "tok/s",
+        "tokens",
+        "moved",
+        box=None,
+    )
     for worker in found.workers:
         table.add_row(*_row(worker))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -20,7 +20,9 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 @contextmanager
-def client_of(address: str | None, config: KvrelayConfig, verbose: bool, quiet: bool = False) -> Iterator[Client]:
+def client_of(
+    address: str | None, config: KvrelayConfig, verbose: bool, quiet: bool = False
+) -> Iterator[Client]:
     """A client of the system at `address`; None: of an embedded one, on a free port, stopped at the end."""
     if address is not None:
         client = Client(address)
@@ -41,7 +43,11 @@ def running(config: KvrelayConfig, verbose: bool, quiet: bool = False) -> Iterat
     """The address of a system that runs inside the context, and is stopped within 5 s behind it."""
     from control_plane.system import System
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     signal.signal(signal.SIGTERM, _terminate)
     with StartView(quiet) as view:
         system = System(config, view.tell, view.progress, verbose)

@@ -12,7 +12,6 @@ from control_plane.config import load
 def cluster() -> Iterator[Cluster]:
     """An embedded cluster."""
     cluster = Cluster(load())
-    cluster.prepare()
     cluster.start()
     yield cluster
     cluster.stop()

@@ -106,8 +106,9 @@ def test_log_probabilities_come_with_the_tokens(model: Path) -> None:
 
 def test_a_dropped_stream_frees_slot_and_blocks(model: Path) -> None:
     with decode_worker(model, slots=1) as decode:
-        holding, waiting = decode.write(prompt(100), sampling()), decode.write(prompt(50), sampling())
+        holding = decode.write(prompt(100), sampling())
         assert next(holding).HasField("reserved")
+        waiting = decode.write(prompt(50), sampling())
         until(lambda: decode.status().waiting == 1)
         assert decode.status().slots_free == 0
         holding.cancel()

@@ -107,8 +107,9 @@ def test_masked_tiles_are_counted_and_not_computed(model: Path, tmp_path: Path) 
 
 def test_a_dropped_prompt_frees_its_blocks(model: Path) -> None:
     with prefill_worker(model, chunk_tokens=16) as prefill:
-        running, waiting = prefill.read(prompt(1500), GREEDY), prefill.read(prompt(1500, 1), GREEDY)
+        running = prefill.read(prompt(1500), GREEDY)
         assert next(running).HasField("admitted")
+        waiting = prefill.read(prompt(1500, 1), GREEDY)
         running.cancel()
         waiting.cancel()
         prefill.assert_idle()

@@ -79,6 +79,7 @@ class DecodeProblem:
             "BITS": fmt.bits or 16,
             "HEAD_DIM": spec.head_dim,
             "GROUP": fmt.group or spec.head_dim,
+            "BLOCK_BYTES": self.layout.block_bytes,
             "KV_HEADS": spec.kv_heads,
             "HEADS_PER_KV": spec.heads // spec.kv_heads,
             "ROWS": self.rows,
@@ -97,7 +98,7 @@ class DecodeProblem:
         scales = 4 * 2 * dim // fmt.group if fmt.quantized else 0
         ring = shape.warps * shape.stages * shape.tile * (2 * pitch + scales)
         area = shape.warps * min(self.queries, self.query_tile) * (dim + 4) * 4
-        return ring + area + 2 * shape.warps * self.query_tile * 4 + 4 * (sequences + 1)
+        return ring + area + 2 * shape.warps * self.query_tile * 4 + 4 * (2 * sequences + 1)
 
 
 class DecodeAttention:
@@ -147,7 +148,7 @@ class DecodeAttention:
         if sequences > self.sequences:
             raise ValueError(f"{sequences} sequences do not fit a workspace for {self.sequences}")
         args = (
-            q, cache, np.uint64(self.problem.layout.block_bytes), tables, lengths, out,
+            q, cache, tables, lengths, out,
             self._partials, self._stats, self._arrivals,
             np.int32(tables.strides[0] // 4), np.int32(sequences),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),

@@ -11,7 +11,6 @@ extern __shared__ __align__(128) u8 memory[];
 struct Arguments {
     const u16* q;       // [sequences * rows, kv_heads * heads_per_kv, head_dim]
     const u8* cache;    // one layer of the arena: [blocks, block_bytes]
-    u64 block_bytes;
     const int* tables;  // [sequences, table_stride]
     const int* lengths; // [sequences], the query rows included
     u16* out;           // as q
@@ -30,13 +29,13 @@ struct Segment {
     int begin, end, stop;  // units: the whole head's, and where this part ends
 };
 
-DEVICE Segment locate(const Arguments& a, const int* firsts, int unit, int range_end) {
+DEVICE Segment locate(const Arguments& a, const int* firsts, const int* lengths, int unit, int range_end) {
     Segment s;
     s.sequence = find_sequence(firsts, a.sequences, unit);
-    s.length = a.lengths[s.sequence];
+    s.length = lengths[s.sequence];
     const Range seen = visible_blocks(s.length, rows, a.window, block_tokens);
     const int blocks = seen.end - seen.begin, within = unit - firsts[s.sequence];
-    const int which = within / blocks;
+    const int which = divide(within, blocks);
     s.head = which / query_tiles;
     s.first_query = which % query_tiles * query_tile;
     s.begin = firsts[s.sequence] + which * blocks;
@@ -56,50 +55,58 @@ struct Feed {
 
     DEVICE void look_up(const Arguments& a, const Segment& s) {
         if (next < s.tiles)
-            block = __ldg(a.tables + (u64)s.sequence * a.table_stride + s.first_block + next / tiles_per_block);
-    }
-
-    template <bool whole>
-    DEVICE void rows_of(u32 to, const u8* from, int valid) const {
-        const int lane = threadIdx.x & 31;
-        constexpr int all = tile * chunks;
-#pragma unroll
-        for (int i = 0; i < (all + 31) / 32; i++) {
-            const int n = i * 32 + lane;
-            if (all % 32 == 0 || n < all) {
-                const u32 at = to + n / chunks * pitch + n % chunks * 16;
-                if constexpr (whole) copy16(at, from + n * 16);
-                else copy16(at, from + n * 16, max(0, min(16, valid - n * 16)));
-            }
-        }
+            block = __ldg(a.tables + (u64)s.sequence * a.table_stride + s.first_block + u32(next) / tiles_per_block);
     }
 
     template <bool whole>
     DEVICE void fetch(const Arguments& a, const Segment& s, int token, int valid) const {
         const int lane = threadIdx.x & 31;
         const u32 to = ring + fill;
-        const u8* from = a.cache + block * a.block_bytes;
+        const u8* from = a.cache + (u64)u32(block) * block_bytes;
         const int first_row = s.head * block_tokens + token;
-        rows_of<whole>(to, from + k_codes + first_row * row_bytes, valid * row_bytes);
-        rows_of<whole>(to + v_at, from + v_codes + first_row * row_bytes, valid * row_bytes);
+        const u8* row = from + (first_row * row_bytes + lane * 16);
+        constexpr int pieces = tile * chunks;  // of 16 bytes, in the K rows of a tile
+        repeat<(pieces + 31) / 32>([&](auto i) {
+            constexpr int first = 32 * i.value, at = first * 16;
+            const int n = first + lane;
+            if (pieces % 32 && n >= pieces) return;
+            if constexpr (32 % chunks == 0) {  // all lanes step from row to row together
+                const u32 lane_to = to + lane / chunks * pitch + lane % chunks * 16;
+                copy_both<whole, first / chunks * pitch, at>(lane_to, row, valid * row_bytes - n * 16);
+            } else {
+                copy_both<whole, 0, at>(to + n / chunks * pitch + n % chunks * 16, row, valid * row_bytes - n * 16);
+            }
+        });
         if constexpr (coded) {
             constexpr int each = coded ? scale_bytes / 16 : 1, all = 4 * each;  // 16-byte pieces: of a frame, of all
+            const u8* scale_row = from + first_row * groups * 2;
 #pragma unroll
             for (int i = 0; i < (all + 31) / 32; i++) {
                 const int n = i * 32 + lane, which = n / each, piece = n % each;
                 const int frame = which == 0 ? k_scales : which == 1 ? k_biases : which == 2 ? v_scales : v_biases;
-                if (all % 32 == 0 || n < all) {
-                    const u8* source = from + frame + first_row * groups * 2 + piece * 16;
-                    if constexpr (whole) copy16(to + scales_at + n * 16, source);
-                    else copy16(to + scales_at + n * 16, source, max(0, min(16, valid * groups * 2 - piece * 16)));
-                }
+                if (all % 32 && n >= all) continue;
+                const u8* source = scale_row + (frame + piece * 16);
+                if constexpr (whole) copy16<scales_at, 0>(to + n * 16, source);
+                else copy16<scales_at, 0>(to + n * 16, source, valid * groups * 2 - piece * 16);
             }
+        }
+    }
+
+    // The same piece of the K rows and of the V rows.
+    template <bool whole, int to_offset, int from_offset>
+    DEVICE static void copy_both(u32 to, const u8* from, int valid) {
+        if constexpr (whole) {
+            copy16<to_offset, k_codes + from_offset>(to, from);
+            copy16<v_at + to_offset, v_codes + from_offset>(to, from);
+        } else {
+            copy16<to_offset, k_codes + from_offset>(to, from, valid);
+            copy16<v_at + to_offset, v_codes + from_offset>(to, from, valid);
         }
     }
 
     DEVICE void advance(const Arguments& a, const Segment& s) {
         if (next < s.tiles) {
-            const int token = next % tiles_per_block * tile;
+            const int token = u32(next) % tiles_per_block * tile;
             const int valid = s.length - (s.first_block * block_tokens + next * tile);
             if (valid >= tile) fetch<true>(a, s, token, tile);
             else fetch<false>(a, s, token, valid);  // what lies past the end is not even defined: read as zero
@@ -533,18 +540,19 @@ DEVICE void conclude(const Arguments& a, const Segment& s, const Cut& cut, const
 }
 
 extern "C" __global__ void __launch_bounds__(warps * 32)
-decode_attention(const u16* q, const u8* cache, u64 block_bytes, const int* tables, const int* lengths, u16* out,
+decode_attention(const u16* q, const u8* cache, const int* tables, const int* lengths, u16* out,
                  float* partials, float2* stats, int* arrivals, int table_stride, int sequences, float scale_log2,
                  int window) {
-    const Arguments a{q, cache, block_bytes, tables, lengths, out, partials, stats, arrivals,
+    const Arguments a{q, cache, tables, lengths, out, partials, stats, arrivals,
                       table_stride, sequences, coded ? scale_log2 * code_units : scale_log2, window};
     const int warp = threadIdx.x / 32;
     float* area = reinterpret_cast<float*>(memory + area_at);
     float* peaks = reinterpret_cast<float*>(memory + peaks_at);
     float* sums = reinterpret_cast<float*>(memory + sums_at);
     int* firsts = reinterpret_cast<int*>(memory + firsts_at);
+    int* lengths_here = firsts + sequences + 1;
 
-    if (warp == 0) count_units(firsts, a.lengths, a.sequences, rows, a.window, block_tokens, kv_heads * query_tiles);
+    if (warp == 0) count_units(firsts, lengths_here, lengths, sequences, rows, window, block_tokens, kv_heads * query_tiles);
     __syncthreads();
     constexpr int sequence_words = rows * kv_heads * heads_per_kv * head_dim / 2;
     for (int s = blockIdx.x; s < a.sequences; s += gridDim.x)  // a slot without tokens answers zeros
@@ -556,7 +564,7 @@ decode_attention(const u16* q, const u8* cache, u64 block_bytes, const int* tabl
     const Range range = cut.range(blockIdx.x);
     if (range.begin == range.end) return;
 
-    Segment s = locate(a, firsts, range.begin, range.end);
+    Segment s = locate(a, firsts, lengths_here, range.begin, range.end);
     Feed feed;
     feed.ring = shared_address(memory) + warp * stages * stage_bytes;
     feed.begin(a, s, warp);
@@ -582,7 +590,7 @@ decode_attention(const u16* q, const u8* cache, u64 block_bytes, const int* tabl
         const Segment done = s;
         const bool more = s.stop < range.end;
         if (more) {
-            s = locate(a, firsts, s.stop, range.end);
+            s = locate(a, firsts, lengths_here, s.stop, range.end);
             feed.begin(a, s, warp);
         }
         softmax.meet(area, peaks, sums);

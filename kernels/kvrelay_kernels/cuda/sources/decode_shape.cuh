@@ -14,6 +14,7 @@ constexpr int warps = WARPS;
 constexpr int stages = STAGES;          // tiles of a warp in its ring of shared memory
 constexpr int tile = TILE;              // tokens of one step of a warp
 constexpr int block_tokens = 64;
+constexpr int block_bytes = BLOCK_BYTES;
 
 // Byte offsets in a block (quant/layout.py).
 constexpr int k_codes = K_CODES, k_scales = K_SCALES, k_biases = K_BIASES;

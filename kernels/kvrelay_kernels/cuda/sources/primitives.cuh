@@ -13,12 +13,19 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
-// 16 bytes from global into shared memory, asynchronously; the bytes past `valid` become zero.
+// 16 bytes from global into shared memory, asynchronously, both addresses with a constant offset.
+template <int to_offset, int from_offset>
 DEVICE void copy16(u32 to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(to_offset),
+                 "n"(from_offset)
+                 : "memory");
 }
+// Only the first `valid` bytes; the others become zero.
+template <int to_offset, int from_offset>
 DEVICE void copy16(u32 to, const u8* from, int valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;" ::"r"(to), "l"(from), "n"(to_offset),
+                 "n"(from_offset), "r"(max(0, min(16, valid)))
+                 : "memory");
 }
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
@@ -117,6 +124,29 @@ DEVICE u32 pack(float low, float high) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     }
     return r;
+}
+
+// a / b for 0 <= a < 2^24, 0 < b: the compiler's own division costs a few hundred cycles before the first load.
+DEVICE int divide(int a, int b) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(b)));
+    int quotient = static_cast<int>(static_cast<float>(a) * reciprocal);
+    while (quotient * b > a) quotient--;
+    while (a - quotient * b >= b) quotient++;
+    return quotient;
+}
+
+// Calls f(index<0>()), f(index<1>()), ...: loops whose counter is a constant for templates and assembly.
+template <int i>
+struct index {
+    static constexpr int value = i;
+};
+template <int count, int i = 0, class F>
+DEVICE void repeat(F f) {
+    if constexpr (i < count) {
+        f(index<i>());
+        repeat<count, i + 1>(f);
+    }
 }
 
 // Reads of what other blocks of the same launch wrote: past the first-level cache.

@@ -13,14 +13,14 @@ struct Range {
 struct Cut {
     int share, extra;
 
-    DEVICE Cut(int units, int ranges) : share(units / ranges), extra(units % ranges) {}
+    DEVICE Cut(int units, int ranges) : share(divide(units, ranges)), extra(units - share * ranges) {}
     DEVICE Range range(int index) const {
         const int begin = index * share + min(index, extra);
         return {begin, begin + share + (index < extra)};
     }
     DEVICE int owner(int unit) const {
         const int wide = extra * (share + 1);
-        return unit < wide ? unit / (share + 1) : extra + (unit - wide) / share;
+        return unit < wide ? divide(unit, share + 1) : extra + divide(unit - wide, share);
     }
 };
 
@@ -30,23 +30,24 @@ DEVICE Range visible_blocks(int length, int rows, int window, int block_tokens) 
     return {first / block_tokens, (length + block_tokens - 1) / block_tokens};
 }
 
-// firsts[s] = units before sequence s; one warp. Returns the total in every lane.
-DEVICE int count_units(int* firsts, const int* lengths, int sequences, int rows, int window, int tokens, int heads) {
+// firsts[s] = units before sequence s, with the total at the end, and a copy of the lengths; one warp.
+DEVICE void count_units(int* firsts, int* near_lengths, const int* lengths, int sequences,
+                        int rows, int window, int tokens, int heads) {
     const int lane = threadIdx.x & 31;
     int total = 0;
     for (int base = 0; base < sequences; base += 32) {
         const int s = base + lane;
-        const Range blocks = visible_blocks(s < sequences ? lengths[s] : 0, rows, window, tokens);
+        const int length = s < sequences ? lengths[s] : 0;
+        const Range blocks = visible_blocks(length, rows, window, tokens);
         int sum = s < sequences ? (blocks.end - blocks.begin) * heads : 0;
         for (int step = 1; step < 32; step *= 2) {
             const int before = __shfl_up_sync(every_lane, sum, step);
             sum += lane >= step ? before : 0;
         }
-        if (s < sequences) firsts[s + 1] = total + sum;
+        if (s < sequences) firsts[s + 1] = total + sum, near_lengths[s] = length;
         total += __shfl_sync(every_lane, sum, 31);
     }
     if (lane == 0) firsts[0] = 0;
-    return total;
 }
 
 // The sequence that unit belongs to: a warp looks at 32 sequences at once.
