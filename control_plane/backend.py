@@ -11,7 +11,7 @@ PREFERENCE: tuple[BackendName, ...] = ("cuda", "mlx", "cpu")
 
 
 def usual(name: BackendName) -> bool:
-    """Whether `auto` considers a backend here: MLX's build for Linux computes on the CPU, slower than ours."""
+    """Whether `auto` considers a backend here: MLX for Linux computes on the CPU, slower than ours."""
     return name != "mlx" or sys.platform == "darwin"
 
 

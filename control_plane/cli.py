@@ -1,8 +1,8 @@
 """The `kvrelay` command: what it is made of, and how it ends.
 
-Exit codes: 0 done; 1 a fault of kvrelay's own; 2 the call or the request is wrong; 3 the model cannot be had or used;
-4 the set-up is not usable (port, library, device, setting); 5 nothing serves it now, try again later; 6 blocks were
-lost on their way; 130 Ctrl-C; 141 the reader of standard output went away; 143 SIGTERM.
+Exit codes: 0 done; 1 a fault of kvrelay's own; 2 the call or the request is wrong; 3 the model cannot be
+had or used; 4 the set-up is not usable (port, library, device, setting); 5 nothing serves it now, try again
+later; 6 blocks were lost on their way; 130 Ctrl-C; 141 the reader of standard output went away; 143 SIGTERM.
 """
 
 import logging
@@ -38,7 +38,8 @@ EXIT_CODES: tuple[tuple[type[KvrelayError], int], ...] = (
 app = typer.Typer(
     name="kvrelay",
     help="A language-model server with separate prefill and decode pools.",
-    epilog="Exit codes: 0 done, 1 internal fault, 2 wrong call or request, 3 model, 4 set-up, 5 try again later, 6 blocks lost.",
+    epilog="Exit codes: 0 done, 1 internal fault, 2 wrong call or request, 3 model, 4 set-up, "
+    "5 try again later, 6 blocks lost.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,

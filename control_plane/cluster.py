@@ -39,7 +39,7 @@ class Cluster:
         return self._config.ray.address is None
 
     def start(self) -> None:
-        """Start or join the cluster. Call it on the main thread: Ray's processes die with the thread that made them.
+        """Start or join the cluster, on the main thread: Ray's processes die with the thread that made them.
 
         Raises:
             BadSetup: the cluster cannot be reached, or its processes did not start.
@@ -63,7 +63,7 @@ class Cluster:
             raise BadSetup(f"{where} is not usable: {_first_line(error)}") from error
 
     def resources_for(self, pool: str) -> Mapping[str, float]:
-        """One unit of the pool's own logical resource where the cluster has such, so that workers land in their group."""
+        """One unit of the pool's own logical resource, where the cluster has such: workers land in their group."""
         return {pool: 1.0} if ray.cluster_resources().get(pool) else {}
 
     def stop(self) -> None:
@@ -86,10 +86,10 @@ class Cluster:
         # Ray takes these from the environment of the process that starts it, and nowhere else.
         os.environ.update(
             {
-                # Without one, Ray writes a token into the home folder, which a container may lack or hold read-only.
+                # Ray would write a token into the home folder, which a container may lack or hold read-only.
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
                 "RAY_USAGE_STATS_ENABLED": "0",
-                # Else a process is started for each core, which no actor with an environment of its own can use.
+                # Ray would start a process for each core, which no actor with its own environment can use.
                 "RAY_prestart_worker_first_driver": "0",
             }
         )

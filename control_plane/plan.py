@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from decode_service.config import DecodeConfig
-from gateway_service.config import GatewayConfig
 from kvrelay.v1.worker_pb2 import Pool
-from prefill_service.config import PrefillConfig
 
 from control_plane.config import KvrelayConfig, WorkerSettings, cores
 from control_plane.pool import PoolPlan
 from control_plane.workers import decode_worker, prefill_worker
+from decode_service.config import DecodeConfig
+from gateway_service.config import GatewayConfig
+from prefill_service.config import PrefillConfig
 
 LOOPBACK = "127.0.0.1"
 

@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
-from gateway_service.directory import WorkerDirectory
-from gateway_service.gateway import ExtraService, Gateway
-from gateway_service.model import ServedModel, load_served_model
-from kv_transfer.embedded import EmbeddedServer
 from kvrelay.errors import BadSetup
 from kvrelay.v1.control_pb2 import GetStatusResponse
 from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.quant.formats import parse_format
-from model_runtime.progress import Progress, silent
 
 from control_plane.cluster import Cluster
 from control_plane.config import KvrelayConfig
@@ -25,6 +20,11 @@ from control_plane.plan import decode_plan, gateway_config, prefill_plan
 from control_plane.pool import WorkerPool
 from control_plane.seat import SeatTimes, Tell
 from control_plane.servicer import ControlServicer
+from gateway_service.directory import WorkerDirectory
+from gateway_service.gateway import ExtraService, Gateway
+from gateway_service.model import ServedModel, load_served_model
+from kv_transfer.embedded import EmbeddedServer
+from model_runtime.progress import Progress, silent
 
 CONTROL_SERVICE = "kvrelay.v1.ControlService"
 

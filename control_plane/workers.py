@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 import ray
-from decode_service.config import DecodeConfig
-from prefill_service.config import PrefillConfig
 
 from control_plane.backend import choose
+from decode_service.config import DecodeConfig
+from prefill_service.config import PrefillConfig
 
 Config = TypeVar("Config", PrefillConfig, DecodeConfig)
 

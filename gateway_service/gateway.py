@@ -13,6 +13,7 @@ from kvrelay.v1.worker_pb2 import Pool
 
 from gateway_service.config import GatewayConfig
 from gateway_service.directory import WorkerDirectory
+from gateway_service.http import HttpDoor
 from gateway_service.intake import Intake
 from gateway_service.metrics import GatewayMetrics
 from gateway_service.model import ServedModel
@@ -45,7 +46,9 @@ class Gateway:
         self.directory = directory
         self._extra_services = tuple(extra_services)
         self._intake = Intake(config, model, directory, self.metrics)
+        self._http = HttpDoor(self._intake, lambda: self.ready)
         self._port = 0
+        self._http_port: int | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._changed = asyncio.Event()
@@ -56,6 +59,11 @@ class Gateway:
     def port(self) -> int:
         """Port of the gRPC services, once started."""
         return self._port
+
+    @property
+    def http_port(self) -> int | None:
+        """Port of the HTTP endpoints, once started; None: there are none."""
+        return self._http_port
 
     @property
     def queued(self) -> int:
@@ -92,6 +100,8 @@ class Gateway:
             raise BadSetup(f"cannot listen on {address}: is another server running there?") from None
         await server.start()
         self._server = server
+        if self.config.http_port is not None:
+            self._http_port = await self._http.start(self.config.host, self.config.http_port)
         self._changed.set()
         self._health_task = asyncio.create_task(self._tell_health())
 
@@ -107,6 +117,7 @@ class Gateway:
             self._health_task.cancel()
         await self._health.enter_graceful_shutdown()
         await self._intake.stop(self.config.shutdown_seconds if grace is None else grace)
+        await self._http.stop()
         await server.stop(1.0)
         await self.directory.close()
 

@@ -31,8 +31,8 @@ class Tokenizer(Protocol):
         """The prompt of a conversation, up to where the answer begins; InvalidArgument if there is none."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, special tokens written out."""
+    def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
+        """The bytes that one token stands for; special tokens have none where they are skipped."""
         ...
 
     def detokenizer(self) -> Detokenizer:

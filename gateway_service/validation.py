@@ -52,8 +52,8 @@ def check_request(request: GenerateRequest, model: ServedModel, max_prompt_bytes
     """
     check_fields(request)
     check_request_id(request.request_id)
-    if request.model and request.model != model.name:
-        raise ModelNotFound(f"the model {request.model[:100]!r} is not served here; {model.name!r} is")
+    if request.model:
+        check_model(request.model, model)
     check_sampling(request.sampling, model.vocabulary)
     kind = request.WhichOneof("prompt")
     if kind == "text":
@@ -64,6 +64,12 @@ def check_request(request: GenerateRequest, model: ServedModel, max_prompt_bytes
         check_chat(request.chat, max_prompt_bytes)
     else:
         raise InvalidArgument("a prompt is missing: text, token_ids or chat")
+
+
+def check_model(name: str, model: ServedModel) -> None:
+    """There is one model, and a request that names another is not for it."""
+    if name != model.name:
+        raise ModelNotFound(f"the model {name[:100]!r} is not served here; {model.name!r} is")
 
 
 def check_request_id(request_id: str) -> None:

@@ -1,1 +1,1 @@
-"""The commands of `kvrelay`, one a file; what they need is imported when they run, so that `--help` is quick."""
+"""The commands of `kvrelay`; what is heavy is imported when they run, so that `--help` is quick."""

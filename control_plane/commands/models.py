@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-from model_runtime.catalog import default_cache_dir, known_models, pull
 from rich.console import Console
 from rich.table import Table
 
 from control_plane.commands.view import StartView
+from model_runtime.catalog import default_cache_dir, known_models, pull
 
 models = typer.Typer(help="List known models, or fetch one.")
 
@@ -18,13 +18,8 @@ def list_models() -> None:
     table = Table("name", "here", "size", "license", "what it is", box=None)
     for model in known_models():
         here = (default_cache_dir() / model.name / model.file).is_file()
-        table.add_row(
-            model.name,
-            "yes" if here else "no",
-            f"{model.nbytes / 1e6:.0f} MB",
-            model.license,
-            model.description,
-        )
+        size = f"{model.nbytes / 1e6:.0f} MB"
+        table.add_row(model.name, "yes" if here else "no", size, model.license, model.description)
     Console(width=140).print(table)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from control_plane.client import Client
 from control_plane.commands.flags import SERVER, with_settings
-from control_plane.commands.session import client_of, running
+from control_plane.commands.session import running
 from control_plane.config import KvrelayConfig
 
 Address = Annotated[str, typer.Option(help="HOST:PORT of the running system.", envvar="KVRELAY_ADDRESS")]

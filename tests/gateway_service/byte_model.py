@@ -25,8 +25,10 @@ class ByteTokenizer:
         turns = [f"<turn>{message['role']}\n{message['content']}" for message in messages]
         return "".join(turns) + "<turn>assistant\n"
 
-    def token_text(self, token_id: int) -> str:
-        return bytes([token_id]).decode(errors="replace") if token_id < 256 else f"<{token_id}>"
+    def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
+        if token_id >= 256:
+            return b"" if skip_special else f"<{token_id}>".encode()
+        return bytes([token_id])
 
     def detokenizer(self) -> "ByteDetokenizer":
         return ByteDetokenizer()

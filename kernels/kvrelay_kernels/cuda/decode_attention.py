@@ -88,6 +88,7 @@ class DecodeProblem:
             "WARPS": shape.warps,
             "STAGES": shape.stages,
             "TILE": shape.tile,
+            "BLOCKS_PER_SM": shape.blocks_per_sm,
         }
 
     def shared_bytes(self, shape: LaunchShape, sequences: int) -> int:

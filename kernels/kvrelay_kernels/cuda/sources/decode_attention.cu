@@ -539,7 +539,7 @@ DEVICE void conclude(const Arguments& a, const Segment& s, const Cut& cut, const
     }
 }
 
-extern "C" __global__ void __launch_bounds__(warps * 32)
+extern "C" __global__ void __launch_bounds__(warps * 32, BLOCKS_PER_SM)
 decode_attention(const u16* q, const u8* cache, const int* tables, const int* lengths, u16* out,
                  float* partials, float2* stats, int* arrivals, int table_stride, int sequences, float scale_log2,
                  int window) {

@@ -136,15 +136,15 @@ DEVICE int divide(int a, int b) {
     return quotient;
 }
 
-// Calls f(index<0>()), f(index<1>()), ...: loops whose counter is a constant for templates and assembly.
+// Calls f(Count<0>()), f(Count<1>()), ...: loops whose counter is a constant for templates and assembly.
 template <int i>
-struct index {
+struct Count {
     static constexpr int value = i;
 };
 template <int count, int i = 0, class F>
 DEVICE void repeat(F f) {
     if constexpr (i < count) {
-        f(index<i>());
+        f(Count<i>());
         repeat<count, i + 1>(f);
     }
 }
