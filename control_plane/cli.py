@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 
 import typer
-from kvrelay import errors
-from kvrelay.errors import KvrelayError
 
 from control_plane.commands import operate
 from control_plane.commands.bench import bench
 from control_plane.commands.doctor import doctor
 from control_plane.commands.generate import chat, generate
 from control_plane.commands.models import models
+from kvrelay import errors
+from kvrelay.errors import KvrelayError
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
 """A client of a running system: what the command line, and any other operator's tool, calls."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
+
 from kvrelay.errors import NoWorker
 from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
 from kvrelay.v1.control_pb2 import GetStatusRequest, GetStatusResponse, ScaleRequest, ScaleResponse
@@ -36,7 +37,7 @@ class Client:
         except grpc.FutureTimeoutError:
             raise NoWorker(f"no kvrelay server answers at {self.address}") from None
 
-    def generate(self, request: GenerateRequest) -> Iterator[GenerateResponse]:
+    def generate(self, request: GenerateRequest) -> Generator[GenerateResponse]:
         """The answer's events; closing the iterator drops the stream."""
         with _leaves():
             call = self._inference.Generate(request)

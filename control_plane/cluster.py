@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ray
-from kvrelay.errors import BadSetup
+from ray.exceptions import RayError
 
 from control_plane.config import KvrelayConfig, cores
+from kvrelay.errors import BadSetup
 
 OBJECT_STORE_BYTES = 96 * 1024 * 1024
 """Blocks travel over kvrelay's own channels: the store holds only what Ray itself puts there."""
@@ -50,20 +51,13 @@ class Cluster:
                 self._embed()
             else:
                 ray.init(address=address, log_to_driver=self._verbose, logging_level=self._level)
-        except (
-            ConnectionError,
-            RuntimeError,
-            ValueError,
-            OSError,
-            TimeoutError,
-            ray.exceptions.RayError,
-        ) as error:
+        except (RuntimeError, ValueError, OSError, RayError) as error:
             self.stop()
             where = "an embedded Ray cluster" if address is None else f"the Ray cluster at {address}"
             raise BadSetup(f"{where} is not usable: {_first_line(error)}") from error
 
     def resources_for(self, pool: str) -> Mapping[str, float]:
-        """One unit of the pool's own logical resource, where the cluster has such: workers land in their group."""
+        """One unit of the pool's own logical resource, where the cluster has such."""
         return {pool: 1.0} if ray.cluster_resources().get(pool) else {}
 
     def stop(self) -> None:

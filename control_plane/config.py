@@ -1,4 +1,4 @@
-"""Settings of a whole system: flags, then `KVRELAY_*`, then a TOML file; one frozen value made of small groups."""
+"""Settings of a whole system, in small groups: flags, then `KVRELAY_*`, then a TOML file."""
 
 import os
 import tomllib
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-from kvrelay.errors import BadSetup
-from kvrelay_kernels.interface import WeightMode
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -17,6 +15,9 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+
+from kvrelay.errors import BadSetup
+from kvrelay_kernels.interface import WeightMode
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
@@ -77,6 +78,8 @@ class GatewaySettings(Group):
     host: str = "127.0.0.1"
     port: Port = 50051
     """gRPC: inference, control, health and reflection. 0 takes a free one."""
+    http_port: Port | None = None
+    """OpenAI-compatible HTTP, health and metrics; None: no HTTP."""
     max_queued: Count = 256
     """Requests that wait for a worker; past it they are refused with a hint when to try again."""
     max_prompt_bytes: Positive = 4 * 1024 * 1024
@@ -99,7 +102,7 @@ class RaySettings(Group):
     """The cluster that the workers run on."""
 
     address: str | None = None
-    """A running cluster (`HOST:PORT`, `ray://HOST:PORT`, `auto`); None: one of its own, ended with the system."""
+    """A running cluster (`HOST:PORT`, `ray://HOST:PORT`, `auto`); None: an embedded one."""
     num_cpus: Count | None = None
     """Cores that an embedded cluster offers; None: all where a pool reserves any, else none."""
     start_seconds: Seconds = 600.0

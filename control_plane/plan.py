@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kvrelay.v1.worker_pb2 import Pool
-
 from control_plane.config import KvrelayConfig, WorkerSettings, cores
 from control_plane.pool import PoolPlan
 from control_plane.workers import decode_worker, prefill_worker
 from decode_service.config import DecodeConfig
 from gateway_service.config import GatewayConfig
+from kvrelay.v1.worker_pb2 import Pool
 from prefill_service.config import PrefillConfig
 
 LOOPBACK = "127.0.0.1"
+
+Resources = Callable[[], Mapping[str, float]]
 
 
 def gateway_config(config: KvrelayConfig) -> GatewayConfig:
@@ -20,9 +21,7 @@ def gateway_config(config: KvrelayConfig) -> GatewayConfig:
     return GatewayConfig(**config.gateway.model_dump())
 
 
-def prefill_plan(
-    config: KvrelayConfig, store: str | None, resources: Callable[[], Mapping[str, float]]
-) -> PoolPlan:
+def prefill_plan(config: KvrelayConfig, store: str | None, resources: Resources) -> PoolPlan:
     """The prefill pool's part; `store` is the URI of the server that prefixes are shared through."""
     settings = config.prefill
 
@@ -54,9 +53,7 @@ def prefill_plan(
     )
 
 
-def decode_plan(
-    config: KvrelayConfig, transport: str, resources: Callable[[], Mapping[str, float]]
-) -> PoolPlan:
+def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> PoolPlan:
     """The decode pool's part; `transport` is `grpc` or the URI that blocks come through."""
     settings = config.decode
 
@@ -90,7 +87,7 @@ def decode_plan(
 
 
 def model_for_workers(config: KvrelayConfig) -> str:
-    """The model as the workers find it: a path of this machine in full, since their folder may be another one."""
+    """The model as the workers find it: a path in full, since their folder may be another one."""
     name = config.model.name
     return str(Path(name).resolve()) if Path(name).exists() else name
 

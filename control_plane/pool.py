@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from kvrelay.errors import NoWorker
-from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool
 
 from control_plane.seat import Directory, Seat, SeatTimes, Tell
 from control_plane.workers import Worker, WorkerActor
+from kvrelay.errors import NoWorker
+from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool
 
 ACTOR_THREADS = 8
 """Calls that an actor answers at a time; `start` and `ended` take one each for as long as they run."""
@@ -40,13 +40,11 @@ class PoolPlan:
 class WorkerPool:
     """The workers of one kind. All methods run on one event loop, the directory's."""
 
-    def __init__(
-        self, plan: PoolPlan, directory: Directory, tell: Tell, times: SeatTimes | None = None
-    ) -> None:
+    def __init__(self, plan: PoolPlan, directory: Directory, tell: Tell, times: SeatTimes) -> None:
         self._plan = plan
         self._directory = directory
         self._tell = tell
-        self._times = times or SeatTimes()
+        self._times = times
         self._numbers = itertools.count()
         self._seats: list[Seat] = []
         self._scaling = asyncio.Lock()

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import grpc.aio
 import ray
+from ray.exceptions import RayError, RayTaskError
+
 from kvrelay.errors import BadSetup, Internal, KvrelayError, NoWorker
 from kvrelay.v1.worker_pb2 import DrainRequest, GetWorkerStatusResponse, Pool, WorkerState
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
-from ray.exceptions import RayError, RayTaskError
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Seat:
         times: SeatTimes,
         host: str | None,
     ) -> None:
-        """`launch` makes a worker's id and its actor. Must be called on the loop that the directory lives on."""
+        """`launch` makes a worker's id and its actor. To be called on the loop of the directory."""
         self._pool = pool
         self._launch = launch
         self._directory = directory
@@ -205,14 +206,12 @@ class Seat:
     def _give_up(self, error: Exception) -> None:
         """Raise where another try makes no sense."""
         if isinstance(error, TimeoutError):
-            raise BadSetup(
-                f"{self.worker_id} was not ready within {self._times.start:.0f} s: {self.activity}"
-            )
+            seconds = f"{self._times.start:.0f} s"
+            raise BadSetup(f"{self.worker_id} was not ready within {seconds}: {self.activity}")
         if isinstance(error, RayTaskError):
-            cause = error.cause
-            raise (
-                cause if isinstance(cause, KvrelayError) else Internal(f"{self.worker_id}: {_reason(error)}")
-            )
+            if isinstance(error.cause, KvrelayError):
+                raise error.cause
+            raise Internal(f"{self.worker_id}: {_reason(error)}")
         if self.restarts + 1 >= self._times.first_tries:
             raise NoWorker(f"{self.worker_id} died while it started, like those before it: {_reason(error)}")
 

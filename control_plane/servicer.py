@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from control_plane.pool import WorkerPool
 from kvrelay.errors import InvalidArgument
 from kvrelay.rpc import statuses
 from kvrelay.v1.control_pb2 import GetStatusRequest, GetStatusResponse, ScaleRequest, ScaleResponse
 from kvrelay.v1.control_pb2_grpc import ControlServiceServicer
 from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse
-
-from control_plane.pool import WorkerPool
 
 MAX_WORKERS = 1024
 """A pool asked for more is taken for a typing mistake."""

@@ -1,4 +1,4 @@
-"""A whole system in one process: the gateway, the control service, and the pools of actors that they steer."""
+"""A whole system: in this process the gateway and the control service, in others the pools' actors."""
 
 import asyncio
 import errno
@@ -6,12 +6,6 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-
-from kvrelay.errors import BadSetup
-from kvrelay.v1.control_pb2 import GetStatusResponse
-from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
-from kvrelay_kernels.errors import FormatUnsupported
-from kvrelay_kernels.quant.formats import parse_format
 
 from control_plane.cluster import Cluster
 from control_plane.config import KvrelayConfig
@@ -24,6 +18,11 @@ from gateway_service.directory import WorkerDirectory
 from gateway_service.gateway import ExtraService, Gateway
 from gateway_service.model import ServedModel, load_served_model
 from kv_transfer.embedded import EmbeddedServer
+from kvrelay.errors import BadSetup
+from kvrelay.v1.control_pb2 import GetStatusResponse
+from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
+from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.quant.formats import parse_format
 from model_runtime.progress import Progress, silent
 
 CONTROL_SERVICE = "kvrelay.v1.ControlService"
@@ -33,7 +32,7 @@ GRACE_SECONDS = 0.5
 
 
 class System:
-    """Started and stopped on the main thread; in between it runs by itself, and its gateway answers all calls."""
+    """Started and stopped on the main thread; in between, the gateway answers all calls."""
 
     def __init__(
         self, config: KvrelayConfig, tell: Tell, progress: Progress = silent, verbose: bool = False
@@ -64,7 +63,8 @@ class System:
     def _start(self) -> str:
         config = self._config
         # What can be found wrong quickly comes first: Ray takes seconds.
-        check_port(config.gateway.host, config.gateway.port)
+        for port in (config.gateway.port, config.gateway.http_port):
+            check_port(config.gateway.host, port or 0)
         model = load_served_model(config.model.name, config.model.kv_format, progress=self._progress)
         check_format(model)
         transport = self._open_transport()

@@ -5,12 +5,11 @@ from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
-from kvrelay.errors import NoWorker, QueueFull
-from kvrelay.v1.worker_pb2 import Pool
-
 from gateway_service.directory import WorkerDirectory
 from gateway_service.router import Load, Route, Router, prefix_blocks
 from gateway_service.worker import Worker
+from kvrelay.errors import NoWorker, QueueFull
+from kvrelay.v1.worker_pb2 import Pool
 
 PREFILL, DECODE = Pool.POOL_PREFILL, Pool.POOL_DECODE
 
@@ -115,7 +114,7 @@ class Admission:
     def dispatch(self) -> None:
         """Give places to all that can have one, in order; called whenever something has changed."""
         now = asyncio.get_running_loop().time()
-        ready = {pool: self._directory.ready_workers(pool) for pool in (PREFILL, DECODE)}
+        ready = {pool: self._directory.trusted(pool) for pool in (PREFILL, DECODE)}
         for pool, workers in ready.items():
             if workers:
                 self._empty_since.pop(pool, None)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from kvrelay.v1.inference_pb2 import TokenDelta
-from kvrelay.v1.sampling_pb2 import FinishReason, SampledToken, SamplingParams
-
 from gateway_service.model import Detokenizer
 from gateway_service.text import StopStrings
+from kvrelay.v1.inference_pb2 import TokenDelta
+from kvrelay.v1.sampling_pb2 import FinishReason, SampledToken, SamplingParams
 
 STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
 

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable, Iterable
 
 import grpc.aio
-from kvrelay.errors import NoWorker
-from kvrelay.v1.worker_pb2 import GetWorkerStatusRequest, GetWorkerStatusResponse, Pool, WorkerState
 
 from gateway_service.stream import WorkerLostError, fault_of_call
 from gateway_service.worker import Worker
+from kvrelay.errors import NoWorker
+from kvrelay.v1.worker_pb2 import GetWorkerStatusRequest, GetWorkerStatusResponse, Pool, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,14 @@ class WorkerDirectory:
         self._workers: dict[str, Worker] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._changed: list[Callable[[], None]] = []
         self._removed: list[Callable[[str], None]] = []
 
     def add(self, pool: Pool, worker_id: str, address: str) -> None:
         """Take a worker in; it gets requests once it says that it is ready. A known id is replaced."""
+        if self._closed:
+            return
         if worker_id in self._workers:
             self.remove(worker_id)
         worker = Worker(pool, worker_id, address)
@@ -66,12 +69,12 @@ class WorkerDirectory:
         worker = self._workers.get(worker_id)
         return 0 if worker is None else worker.in_flight
 
-    def ready_workers(self, pool: Pool) -> list[Worker]:
-        """The workers of a pool that take new requests."""
-        return [worker for worker in self._workers.values() if worker.pool == pool and worker.ready]
+    def trusted(self, pool: Pool) -> list[Worker]:
+        """The workers of a pool to which new requests are sent."""
+        return [worker for worker in self._workers.values() if worker.pool == pool and worker.trusted]
 
     def ready(self, pool: Pool) -> bool:
-        """Whether a pool has a worker that takes new requests."""
+        """Whether a pool has a worker that says it takes new requests."""
         return any(worker.pool == pool and worker.ready for worker in self._workers.values())
 
     def statuses(self) -> list[GetWorkerStatusResponse]:
@@ -101,7 +104,8 @@ class WorkerDirectory:
         self._tell()
 
     async def close(self) -> None:
-        """Forget all workers and wait until their channels are closed."""
+        """Forget all workers, wait until their channels are closed, and take in no more."""
+        self._closed = True
         watchers = tuple(self._watchers.values())
         for worker_id in tuple(self._workers):
             self.remove(worker_id)
@@ -115,16 +119,16 @@ class WorkerDirectory:
         """Ask one worker for its status for as long as it is known."""
         while True:
             worker.ask.clear()
-            before = (worker.ready, worker.status.slots)
+            before = (worker.trusted, worker.status.slots)
             try:
                 worker.status = await worker.service.GetWorkerStatus(
                     GetWorkerStatusRequest(), timeout=self._lost_seconds
                 )
-                worker.answers = True
+                worker.answers, worker.doubted = True, False
             except grpc.aio.AioRpcError as error:
                 self._unanswered(worker, error)
-            if (worker.ready, worker.status.slots) != before:
-                log.info("worker %s: %s", worker.worker_id, "ready" if worker.ready else "not ready")
+            if (worker.trusted, worker.status.slots) != before:
+                log.info("worker %s: %s", worker.worker_id, "ready" if worker.trusted else "not ready")
                 self._tell()
             try:
                 async with asyncio.timeout(self._poll_seconds):

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from kvrelay.errors import BadSetup
-from kvrelay.rpc import SERVER_OPTIONS
-from kvrelay.v1.worker_pb2 import Pool
 
 from gateway_service.config import GatewayConfig
 from gateway_service.directory import WorkerDirectory
@@ -18,6 +15,9 @@ from gateway_service.intake import Intake
 from gateway_service.metrics import GatewayMetrics
 from gateway_service.model import ServedModel
 from gateway_service.servicer import SERVICE, InferenceServicer
+from kvrelay.errors import BadSetup
+from kvrelay.rpc import SERVER_OPTIONS
+from kvrelay.v1.worker_pb2 import Pool
 
 HEALTH_SERVICES = ("", SERVICE)
 
@@ -98,10 +98,10 @@ class Gateway:
             self._port = server.add_insecure_port(address)
         except RuntimeError:
             raise BadSetup(f"cannot listen on {address}: is another server running there?") from None
-        await server.start()
-        self._server = server
         if self.config.http_port is not None:
             self._http_port = await self._http.start(self.config.host, self.config.http_port)
+        await server.start()
+        self._server = server
         self._changed.set()
         self._health_task = asyncio.create_task(self._tell_health())
 

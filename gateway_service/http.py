@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import uvicorn
-from kvrelay.errors import BadSetup, Cancelled, Internal, InvalidArgument, KvrelayError, PromptTooLong
-from kvrelay.rpc import MESSAGE_BYTES
-from kvrelay.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -24,6 +21,11 @@ from gateway_service.http_schema import ChatRequest, CompletionRequest
 from gateway_service.http_shape import ChatShape, Choice, Json, Shape, TextShape, error_body
 from gateway_service.intake import Intake
 from gateway_service.validation import check_model
+from kvrelay.errors import BadSetup, Cancelled, Internal, InvalidArgument, KvrelayError, PromptTooLong
+from kvrelay.rpc import MESSAGE_BYTES
+from kvrelay.v1.inference_pb2 import GenerateRequest, GenerateResponse
+
+STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 T = TypeVar("T")
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
@@ -46,7 +48,7 @@ class HttpDoor:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
             ],
-            exception_handlers={KvrelayError: _refuse, 404: _not_found, 405: _not_found},
+            exception_handlers={KvrelayError: _refuse, Exception: _refuse, 404: _not_found, 405: _not_found},
         )
 
     async def start(self, host: str, port: int) -> int:

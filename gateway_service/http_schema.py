@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from kvrelay.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds
 from kvrelay.v1.sampling_pb2 import SamplingParams
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -83,7 +84,7 @@ class Options(Part):
     repetition_penalty: float | None = None
     min_tokens: Count | None = None
     stop_token_ids: list[Count] = Field(default_factory=list)
-    ignore_eos: bool | None = None
+    ignore_eos: bool = False
 
     logit_bias: dict[str, float] = Field(default_factory=dict, max_length=0)
     user: str = ""

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway_service.model import Tokenizer
 from kvrelay.errors import BadRequest, KvrelayError, Overloaded
 from kvrelay.v1.inference_pb2 import Finish, GenerateResponse, Usage
 from kvrelay.v1.sampling_pb2 import FinishReason, SampledToken
-
-from gateway_service.model import Tokenizer
 
 Json = dict[str, Any]
 

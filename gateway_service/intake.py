@@ -4,10 +4,6 @@ import asyncio
 import logging
 import secrets
 
-from kvrelay.errors import Draining, InvalidArgument, KvrelayError
-from kvrelay.v1.inference_pb2 import Chat, Finish, GenerateRequest, TokenizeRequest
-from kvrelay.v1.sampling_pb2 import FinishReason
-
 from gateway_service.admission import Admission
 from gateway_service.answer import Answer
 from gateway_service.config import GatewayConfig
@@ -25,6 +21,9 @@ from gateway_service.validation import (
     check_text,
     resolved,
 )
+from kvrelay.errors import Draining, InvalidArgument, KvrelayError
+from kvrelay.v1.inference_pb2 import Chat, Finish, GenerateRequest, TokenizeRequest
+from kvrelay.v1.sampling_pb2 import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ class Intake:
         try:
             if self._stopping:
                 raise Draining("the gateway is stopping")
-            prepared = await self._prepare(request_id, request)
+            arrived = asyncio.get_running_loop().time()
+            prepared = await self._prepare(request_id, request, arrived)
             finish = await prepared.run(send)
             outcome = FinishReason.Name(finish.reason)
             self._count(finish)
@@ -120,7 +120,7 @@ class Intake:
             for task in late:
                 task.cancel()
 
-    async def _prepare(self, request_id: str, request: GenerateRequest) -> Request:
+    async def _prepare(self, request_id: str, request: GenerateRequest, arrived: float) -> Request:
         model = self.model
         check_request(request, model, self._config.max_prompt_bytes)
         match request.WhichOneof("prompt"):
@@ -134,7 +134,14 @@ class Intake:
         sampling = resolved(request.sampling)
         answer = Answer(prompt, sampling, model.config.stop_ids, model.context, model.tokenizer.detokenizer())
         return Request(
-            request_id, answer, sampling, self._admission, self._directory, self.metrics, self._config
+            request_id,
+            answer,
+            sampling,
+            self._admission,
+            self._directory,
+            self.metrics,
+            self._config,
+            arrived,
         )
 
     async def _encode(self, text: str) -> list[int]:

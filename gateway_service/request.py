@@ -7,12 +7,6 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from kvrelay.errors import Internal, NoWorker
-from kvrelay.v1.decode_pb2 import DecodeRequest, DecodeResponse
-from kvrelay.v1.inference_pb2 import Finish, GenerateResponse, PromptInfo, Timing, TokenDelta, Usage
-from kvrelay.v1.prefill_pb2 import Lease, PrefillRequest, PrefillResponse
-from kvrelay.v1.sampling_pb2 import SampledToken, SamplingParams
-
 from gateway_service.admission import Admission, Place
 from gateway_service.answer import Answer
 from gateway_service.config import GatewayConfig
@@ -20,6 +14,11 @@ from gateway_service.directory import WorkerDirectory
 from gateway_service.metrics import GatewayMetrics
 from gateway_service.stream import WorkerError, WorkerStream
 from gateway_service.worker import Worker
+from kvrelay.errors import Internal, NoWorker
+from kvrelay.v1.decode_pb2 import DecodeRequest, DecodeResponse
+from kvrelay.v1.inference_pb2 import Finish, GenerateResponse, PromptInfo, Timing, TokenDelta, Usage
+from kvrelay.v1.prefill_pb2 import Lease, PrefillRequest, PrefillResponse
+from kvrelay.v1.sampling_pb2 import SampledToken, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +48,12 @@ class Request:
         directory: WorkerDirectory,
         metrics: GatewayMetrics,
         config: GatewayConfig,
+        arrived: float,
     ) -> None:
-        """`sampling` carries a seed, and from the first reservation on the number of tokens too."""
+        """`sampling` carries a seed, and from the first reservation on the number of tokens too.
+
+        `arrived` is the loop's time when the request came in.
+        """
         self.request_id = request_id
         self._answer = answer
         self._sampling = sampling
@@ -62,7 +65,7 @@ class Request:
         self._timing = Timing()
         self._prompt_told = False
         self._loop = asyncio.get_running_loop()
-        self._arrived = self._loop.time()
+        self._arrived = arrived
         self._last_token_at = 0.0
 
     async def run(self, send: Send) -> Finish:

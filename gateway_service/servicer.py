@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
-from kvrelay.errors import InvalidArgument
-from kvrelay.rpc import statuses
-from kvrelay.v1 import inference_pb2 as pb
 
 from gateway_service.intake import Intake
 from gateway_service.validation import check_fields
+from kvrelay.errors import InvalidArgument
+from kvrelay.rpc import statuses
+from kvrelay.v1 import inference_pb2 as pb
 
 SERVICE = "kvrelay.v1.InferenceService"
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import grpc
 import grpc.aio
+
 from kvrelay.errors import ERROR_KEY, BadBlock, KvrelayError, LeaseLost, NoWorker, Overloaded, Unavailable
 from kvrelay.rpc import error_of_call
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
+
+from gateway_service.model import ServedModel
 from kvrelay.errors import InvalidArgument, ModelNotFound, PromptTooLong
 from kvrelay.v1.inference_pb2 import Chat, GenerateRequest
 from kvrelay.v1.sampling_pb2 import SamplingParams
-
-from gateway_service.model import ServedModel
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LOGPROBS = 20

@@ -4,13 +4,13 @@ import asyncio
 from typing import Any
 
 import grpc.aio
+
+from gateway_service.stream import WorkerError, WorkerStream
 from kvrelay.rpc import CHANNEL_OPTIONS
 from kvrelay.v1.decode_pb2_grpc import DecodeServiceStub
 from kvrelay.v1.prefill_pb2_grpc import PrefillServiceStub
 from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
-
-from gateway_service.stream import WorkerError, WorkerStream
 
 # A restarted worker often has its old address: gRPC's own back-off of up to two minutes would hide it.
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -33,6 +33,8 @@ class Worker:
         self.draining = False
         self.answers = False
         """Whether the last status call was answered."""
+        self.doubted = False
+        """Whether a request has failed here since."""
         self.status = GetWorkerStatusResponse(
             worker_id=worker_id, pool=pool, state=WorkerState.WORKER_STATE_STARTING
         )
@@ -46,8 +48,13 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes new requests."""
+        """Whether it says that it takes new requests, and may."""
         return self.answers and not self.draining and self.status.state == WorkerState.WORKER_STATE_READY
+
+    @property
+    def trusted(self) -> bool:
+        """Whether new requests are sent to it."""
+        return self.ready and not self.doubted
 
     @property
     def has_room(self) -> bool:
@@ -55,8 +62,8 @@ class Worker:
         return not self.status.slots or self.in_flight < self.status.slots
 
     def doubt(self) -> None:
-        """Take it as not ready until it answers the next status call."""
-        self.answers = False
+        """Send nothing to it until it answers the next status call."""
+        self.doubted = True
         self.ask.set()
 
     def give_up_streams(self, fault: WorkerError) -> None:

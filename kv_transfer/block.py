@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import xxhash
+
 from kvrelay.errors import BlockCorrupt, BlockMismatch
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 

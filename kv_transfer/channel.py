@@ -6,10 +6,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
 
+from kv_transfer.block import BlockCodec, BlockHeader
 from kvrelay.errors import BadSetup
 from kvrelay.v1.prefill_pb2 import Lease
-
-from kv_transfer.block import BlockCodec, BlockHeader
 
 
 @dataclass(frozen=True)

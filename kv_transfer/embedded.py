@@ -12,9 +12,9 @@ from time import monotonic, sleep
 from typing import IO
 
 import redis
-from kvrelay.errors import BadSetup
 
 from kv_transfer.redis_store import connect
+from kvrelay.errors import BadSetup
 
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0

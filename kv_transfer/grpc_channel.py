@@ -5,13 +5,13 @@ from urllib.parse import urlsplit
 
 import grpc
 from google.protobuf.message import DecodeError
-from kvrelay.errors import ERROR_KEY, BlockCorrupt, Internal, KvrelayError, TransportLost, error_of_status
-from kvrelay.v1.transfer_pb2 import Commit, PushResponse
 
 from kv_transfer.block import BlockCodec
 from kv_transfer.channel import Channel, Sender
 from kv_transfer.landing import Arrival, Landing, Landings
 from kv_transfer.queued import EncodedBlock, QueuedSender
+from kvrelay.errors import ERROR_KEY, BlockCorrupt, Internal, KvrelayError, TransportLost, error_of_status
+from kvrelay.v1.transfer_pb2 import Commit, PushResponse
 
 SERVICE = "kvrelay.v1.TransferService"
 PATH = f"/{SERVICE}/Push"

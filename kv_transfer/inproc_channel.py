@@ -2,13 +2,12 @@
 
 from urllib.parse import urlsplit
 
-from kvrelay.errors import TransportLost
-from kvrelay.v1.transfer_pb2 import Commit
-
 from kv_transfer.block import BlockCodec, BlockHeader
 from kv_transfer.channel import Channel
 from kv_transfer.landing import Landings
 from kv_transfer.queued import ThreadChannel, ThreadSender
+from kvrelay.errors import TransportLost
+from kvrelay.v1.transfer_pb2 import Commit
 
 
 class InprocHub:

@@ -5,11 +5,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
 
+from kv_transfer.block import BlockCodec, BlockHeader
 from kvrelay.errors import BlockCorrupt, BlockMismatch, Internal, KvrelayError, LeaseLost, TransportLost
 from kvrelay.v1.transfer_pb2 import Commit
 from kvrelay_kernels.quant import BLOCK_TOKENS
-
-from kv_transfer.block import BlockCodec, BlockHeader
 
 WriteBlock = Callable[[int, int, memoryview], None]
 """`write(layer, index, payload)`: copy the block of that index in the sequence into the arena."""

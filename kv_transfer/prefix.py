@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from kvrelay_kernels.quant import BLOCK_TOKENS
 from numpy.typing import NDArray
+
+from kvrelay_kernels.quant import BLOCK_TOKENS
 
 _ROOT = struct.Struct("<16sQQ")
 _COUNT = struct.Struct("<I")

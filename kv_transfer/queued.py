@@ -10,11 +10,10 @@ from time import perf_counter
 from typing import TypeVar
 from weakref import WeakSet
 
-from kvrelay.errors import Cancelled, Internal, KvrelayError
-from kvrelay.v1.transfer_pb2 import Commit
-
 from kv_transfer.block import BlockCodec, BlockHeader
 from kv_transfer.channel import Channel, Handover, Sender
+from kvrelay.errors import Cancelled, Internal, KvrelayError
+from kvrelay.v1.transfer_pb2 import Commit
 
 MESSAGE_BYTES = 1 << 20
 QUEUE_BYTES = 32 << 20

@@ -8,13 +8,13 @@ from threading import Event, Thread
 from typing import cast
 
 from google.protobuf.message import DecodeError
-from kvrelay.errors import BlockCorrupt, KvrelayError, LeaseLost, TransportLost
-from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.block import KEY_BYTES, BlockCodec, BlockHeader
 from kv_transfer.landing import Landing, Landings
 from kv_transfer.queued import ThreadChannel, ThreadSender
 from kv_transfer.redis_store import TTL_SECONDS, RedisBlockStore, connect, inbox_of, lost_as_error
+from kvrelay.errors import BlockCorrupt, KvrelayError, LeaseLost, TransportLost
+from kvrelay.v1.transfer_pb2 import Commit
 
 MANIFEST = b"KVRM"
 COMMIT = b"KVRC"

@@ -8,11 +8,11 @@ from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import redis
-from kvrelay.errors import BadBlock, BlockCorrupt, TransportLost
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kv_transfer.block import BlockCodec, BlockHeader
+from kvrelay.errors import BadBlock, BlockCorrupt, TransportLost
 
 TTL_SECONDS = 3600
 FETCH_BYTES = 1 << 20

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
+from kvrelay_kernels.quant import AffineWeight
 from numpy.typing import NDArray
 
 from model_runtime.fields import Fields
@@ -74,13 +75,19 @@ class GgufFile:
         """Unpack a tensor: float types as they are, block types as an AffineWeight, without loss.
 
         Raises:
-            ModelFileInvalid: there is no such tensor.
+            ModelFileInvalid: there is no such tensor, or its scales are not finite.
         """
         info = self.tensors.get(name)
         if info is None:
             raise ModelFileInvalid(f"{self.path.name}: tensor {name!r} is missing")
         raw = np.frombuffer(self._bytes, np.uint8, info.nbytes, info.offset)
-        return info.type.unpack(raw, info.shape)
+        with np.errstate(invalid="ignore", over="ignore"):
+            weight = info.type.unpack(raw, info.shape)
+        if isinstance(weight, AffineWeight) and not (
+            np.isfinite(weight.scales).all() and np.isfinite(weight.biases).all()
+        ):
+            raise ModelFileInvalid(f"{self.path.name}: tensor {name!r} has scales that are NaN or infinite")
+        return weight
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """A metadata value, checked as `Fields.get` does."""

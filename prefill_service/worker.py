@@ -1,6 +1,7 @@
 """A prefill worker: one process's model, engine and server. The control plane runs it as a Ray actor."""
 
 import asyncio
+import os
 
 import grpc.aio
 from kvrelay.errors import BadSetup
@@ -92,6 +93,7 @@ class PrefillWorker:
             memory_bytes=engine.pool.capacity * engine.arena.layers * engine.arena.layout.block_bytes,
             backend=engine.decoder.backend.name,
             requests=metrics.requests,
+            pid=os.getpid(),
         )
 
     async def _drain(self) -> None:

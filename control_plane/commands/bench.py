@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import grpc.aio
 import typer
-from kvrelay.errors import InvalidArgument, KvrelayError
-from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
-from kvrelay.v1.inference_pb2 import GenerateRequest, TokenIds
-from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
-from kvrelay.v1.sampling_pb2 import SamplingParams
 
 from control_plane.commands.flags import with_settings
 from control_plane.commands.generate import Address
 from control_plane.commands.session import client_of
 from control_plane.config import KvrelayConfig
+from kvrelay.errors import InvalidArgument, KvrelayError
+from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
+from kvrelay.v1.inference_pb2 import GenerateRequest, TokenIds
+from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
+from kvrelay.v1.sampling_pb2 import SamplingParams
 
 PERCENTILES = (50, 90, 99)
 

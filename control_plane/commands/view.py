@@ -1,4 +1,4 @@
-"""What a person sees while a system starts: bars on a terminal, plain lines elsewhere; on standard error only."""
+"""What a person sees while a system starts, on standard error: bars on a terminal, else plain lines."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""A worker without a model: the real shape, a real gRPC server, and commands to fail in the ways that workers do."""
+"""A worker without a model: the real shape, a real gRPC server, and switches to fail as workers do."""
 
 import asyncio
 import os

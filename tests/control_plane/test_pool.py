@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from kvrelay.errors import ModelFileInvalid, NoWorker
-from kvrelay.v1.worker_pb2 import GetWorkerStatusRequest, GetWorkerStatusResponse, Pool, WorkerState
-from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 
 from control_plane.cluster import Cluster
 from control_plane.pool import PoolPlan, WorkerPool
 from control_plane.seat import SeatTimes
+from kvrelay.errors import ModelFileInvalid, NoWorker
+from kvrelay.v1.worker_pb2 import GetWorkerStatusRequest, GetWorkerStatusResponse, Pool, WorkerState
+from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from tests.control_plane.little_worker import LittleConfig, LittleWorker
 
 QUICK = SeatTimes(start=60, ping=0.2, silent=2.0, poll=0.02, first_backoff=0.05, last_backoff=0.2)

@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc.aio
-from kvrelay.errors import KvrelayError
-from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
-from kvrelay.v1.inference_pb2 import Finish, GenerateRequest, GenerateResponse, PromptInfo
-from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 
 from gateway_service.config import GatewayConfig
 from gateway_service.directory import WorkerDirectory
 from gateway_service.gateway import Gateway
+from kvrelay.errors import KvrelayError
+from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
+from kvrelay.v1.inference_pb2 import Finish, GenerateRequest, GenerateResponse, PromptInfo
+from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.gateway_service.byte_model import byte_model
 from tests.gateway_service.scripted import Landing, ScriptedDecode, ScriptedPrefill, ScriptedWorker
 
@@ -102,7 +102,7 @@ async def until(condition: Callable[[], bool], explain: Callable[[], str] = str)
     """Wait for a condition."""
     try:
         async with asyncio.timeout(PATIENCE):
-            while not condition():  # noqa: ASYNC110 (conditions of other rooms set no event)
+            while not condition():
                 await asyncio.sleep(0.002)
     except TimeoutError:
         raise AssertionError(f"still not so after {PATIENCE} s: {explain()}") from None

@@ -1,4 +1,4 @@
-"""Small workers that follow a script: real gRPC servers, deterministic tokens, faults where a test wants them.
+"""Small workers that follow a script: real gRPC servers, deterministic tokens, faults where tests want them.
 
 The next token depends on every token before it and on the seed, as a model's would: an attempt that is given
 other tokens than were answered shows in the answer.
@@ -13,6 +13,7 @@ from typing import Any
 from zlib import crc32
 
 import grpc.aio
+
 from kvrelay.errors import Draining, KvrelayError, TransportLost
 from kvrelay.rpc import SERVER_OPTIONS, statuses
 from kvrelay.v1 import decode_pb2 as decode_pb
@@ -20,7 +21,6 @@ from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2_grpc
 from kvrelay.v1 import prefill_pb2 as prefill_pb
 from kvrelay.v1 import worker_pb2 as worker_pb
 from kvrelay.v1.sampling_pb2 import FinishReason, SampledToken, SamplingParams, TokenLogprob
-
 from tests.gateway_service.byte_model import EOS, FIRST_LETTER, LETTERS
 
 DIE, HANG = "die", "hang"

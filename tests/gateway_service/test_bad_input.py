@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import grpc.aio
 import pytest
+
 from kvrelay.errors import InvalidArgument, KvrelayError, ModelNotFound, PromptTooLong
 from kvrelay.rpc import error_of_call
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.sampling_pb2 import SamplingParams
-
 from tests.gateway_service.byte_model import CONTEXT, VOCABULARY
 from tests.gateway_service.house import open_house
 

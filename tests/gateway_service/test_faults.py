@@ -4,6 +4,8 @@ import asyncio
 from collections import deque
 
 import pytest
+
+from gateway_service.config import GatewayConfig
 from kvrelay.errors import (
     BlockCorrupt,
     Draining,
@@ -18,8 +20,6 @@ from kvrelay.errors import (
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import worker_pb2 as worker_pb
 from kvrelay.v1.sampling_pb2 import SamplingParams
-
-from gateway_service.config import GatewayConfig
 from tests.gateway_service.byte_model import byte_model
 from tests.gateway_service.house import House, Reply, open_house, until
 from tests.gateway_service.scripted import DIE, HANG, Fault, expected_answer

@@ -6,13 +6,13 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from kvrelay.errors import BadSetup
-from kvrelay.v1 import inference_pb2 as pb
-from kvrelay.v1.sampling_pb2 import FinishReason, SamplingParams
 
 from gateway_service.config import GatewayConfig
 from gateway_service.directory import WorkerDirectory
 from gateway_service.gateway import Gateway
+from kvrelay.errors import BadSetup
+from kvrelay.v1 import inference_pb2 as pb
+from kvrelay.v1.sampling_pb2 import FinishReason, SamplingParams
 from tests.gateway_service.byte_model import BOS, CONTEXT, EOS, VOCABULARY, byte_model
 from tests.gateway_service.house import open_house, until
 from tests.gateway_service.scripted import HANG, Fault, expected_answer

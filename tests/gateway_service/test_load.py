@@ -4,11 +4,11 @@ import asyncio
 import random
 
 import grpc.aio
+
+from gateway_service.config import GatewayConfig
 from kvrelay.errors import LeaseLost, QueueFull
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.sampling_pb2 import SamplingParams
-
-from gateway_service.config import GatewayConfig
 from tests.gateway_service.byte_model import byte_model
 from tests.gateway_service.house import House, open_house, until
 from tests.gateway_service.scripted import Fault, expected_answer

@@ -52,6 +52,8 @@ def _fill(
 ) -> NDArray[np.float32]:
     shape = (length, layout.kv_heads, layout.head_dim)
     drawn = rng.standard_normal(shape, np.float32)
+    if length == 0:
+        return drawn
     if layout.format.quantized:
         words, scales, biases = quantize(drawn, layout.format)
         parts = {"codes": words, "scales": scales, "biases": biases}

@@ -6,11 +6,12 @@ from functools import cached_property
 from time import monotonic, sleep
 
 import numpy as np
-from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 
 from kv_transfer.block import BlockCodec, BlockHeader
 from kv_transfer.channel import Sender
 from kv_transfer.prefix import prefix_keys
+from kvrelay.errors import KvrelayError
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 
 
 def small_codec(name: str = "int8", layers: int = 3, kv_heads: int = 2, head_dim: int = 64) -> BlockCodec:
@@ -75,6 +76,17 @@ class Prompt:
         """Send every block."""
         for header, payload in self.blocks():
             sender.send(header, payload)
+
+
+def outcome(prompt: Prompt, sender: Sender) -> KvrelayError | None:
+    """What a sender is told, at a send, at the commit, or by its future; None where all is well."""
+    try:
+        prompt.send_all(sender)
+        error = sender.commit(prompt.tokens, 1).exception(20)
+    except KvrelayError as raised:
+        return raised
+    assert error is None or isinstance(error, KvrelayError)
+    return error
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from threading import Event, Thread
 
 import grpc
-from kvrelay.v1.prefill_pb2 import Lease
 
 from kv_transfer.block import BlockCodec
 from kv_transfer.channel import Channels, Sender
@@ -17,6 +16,7 @@ from kv_transfer.inproc_channel import InprocHub
 from kv_transfer.landing import Landings
 from kv_transfer.redis_channel import RedisReceiver
 from kv_transfer.transports import default_transports
+from kvrelay.v1.prefill_pb2 import Lease
 from tests.kv_transfer.prompts import Prompt
 
 

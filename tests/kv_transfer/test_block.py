@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvrelay.errors import BadBlock, BlockCorrupt, BlockMismatch
 
 from kv_transfer.block import HEADER_BYTES, BlockCodec
+from kvrelay.errors import BadBlock, BlockCorrupt, BlockMismatch
 from tests.kv_transfer.prompts import Prompt, small_codec
 
 FORMATS = st.sampled_from(["none", "int8-g32", "int8-g64", "int4-g32", "int4-g64"])
@@ -80,7 +80,7 @@ def test_any_changed_byte_is_refused(flip: int) -> None:
         with pytest.raises(BadBlock):
             codec.decode(bytes(block))
         block[place] ^= flip
-    codec.decode(block)
+    codec.decode(bytes(block))
 
 
 @given(st.integers(0, 4000))
@@ -116,14 +116,13 @@ def test_mismatches_name_both_values() -> None:
     with pytest.raises(BlockMismatch, match="model 0x0000000000c0ffee where 0x0000000000000001"):
         replace(prompt.codec, model=1).decode(block)
     other = small_codec("int4")
-    with pytest.raises(
-        BlockMismatch, match=f"{prompt.codec.layout.fingerprint:#018x} where {other.layout.fingerprint:#018x}"
-    ):
+    came, agreed = prompt.codec.layout.fingerprint, other.layout.fingerprint
+    with pytest.raises(BlockMismatch, match=f"{came:#018x} where {agreed:#018x}"):
         other.decode(block)
     newer = bytearray(block)
     struct.pack_into("<H", newer, 4, 2)
     with pytest.raises(BlockMismatch, match="version 2 where version 1"):
-        prompt.codec.decode(newer)
+        prompt.codec.decode(bytes(newer))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+
+from kv_transfer.block import BlockCodec
+from kv_transfer.channel import Channels
+from kv_transfer.embedded import EmbeddedServer
 from kvrelay.errors import (
     BadSetup,
     BlockCorrupt,
@@ -14,10 +18,6 @@ from kvrelay.errors import (
     TransportLost,
 )
 from kvrelay.v1.prefill_pb2 import Lease
-
-from kv_transfer.block import BlockCodec
-from kv_transfer.channel import Channels
-from kv_transfer.embedded import EmbeddedServer
 from tests.kv_transfer.prompts import Prompt, small_codec, until
 from tests.kv_transfer.routes import Route, open_route
 

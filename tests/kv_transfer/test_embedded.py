@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kvrelay.errors import BadSetup
 
 from kv_transfer.embedded import EmbeddedServer, find_binary
 from kv_transfer.redis_store import connect
+from kvrelay.errors import BadSetup
 from tests.kv_transfer.prompts import until
 
 

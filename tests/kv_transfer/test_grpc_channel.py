@@ -4,18 +4,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from time import perf_counter
+from typing import cast
 
 import grpc
 import pytest
-from kvrelay.errors import BlockCorrupt, KvrelayError, LeaseLost, TransportLost, error_of_status
-from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.block import BlockCodec
-from kv_transfer.channel import Channels, Sender
+from kv_transfer.channel import Channels
 from kv_transfer.grpc_channel import COMMIT_MAGIC, LEASE_KEY, PATH
 from kv_transfer.landing import Landings
 from kv_transfer.transports import default_transports
-from tests.kv_transfer.prompts import Prompt, small_codec, until
+from kvrelay.errors import BlockCorrupt, Cancelled, KvrelayError, LeaseLost, TransportLost, error_of_status
+from kvrelay.v1.transfer_pb2 import Commit
+from tests.kv_transfer.prompts import Prompt, outcome, small_codec, until
 from tests.kv_transfer.routes import Route, TransferServer
 
 
@@ -36,20 +37,10 @@ def push(route: Route, lease_id: str, *messages: bytes) -> KvrelayError | None:
         try:
             channel.stream_unary(PATH)(iter(messages), metadata=((LEASE_KEY, lease_id),), timeout=20)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            return error_of_status(error.code(), error.details(), error.trailing_metadata())
+            call = cast(grpc.Call, error)
+            trailing = [(key, value) for key, value in call.trailing_metadata() or ()]
+            return error_of_status(call.code(), call.details(), trailing)
     return None
-
-
-def outcome(prompt: Prompt, sender: Sender) -> KvrelayError:
-    """What a sender is told, at a send, at the commit, or by its future."""
-    try:
-        prompt.send_all(sender)
-        error = sender.commit(prompt.tokens, 1).exception(20)
-    except KvrelayError as raised:
-        error = raised
-    assert isinstance(error, KvrelayError)
-    return error
 
 
 def commit_of(prompt: Prompt) -> bytes:
@@ -184,14 +175,14 @@ def test_an_abort_frees_a_sender_that_is_held_back(codec: BlockCodec) -> None:
     go_on = threading.Event()
     landings.expect("a", prompt.tokens, prompt.keys, lambda layer, index, payload: void(go_on.wait(20)))
     sender = Route(codec, channels, landings, f"grpc://127.0.0.1:{server.port}").open("a")
-    errors: list[KvrelayError] = []
+    errors: list[KvrelayError | None] = []
     thread = threading.Thread(target=lambda: errors.append(outcome(prompt, sender)))
     thread.start()
     thread.join(0.3)
     assert thread.is_alive()
     sender.abort()
     thread.join(20)
-    assert not thread.is_alive()
+    assert isinstance(errors[0], Cancelled)
     go_on.set()
     until(lambda: len(landings) == 0)
     channels.close()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvrelay.errors import BlockCorrupt, Internal, LeaseLost, TransportLost
-from kvrelay.v1.transfer_pb2 import Commit
 
 from kv_transfer.landing import Landings
+from kvrelay.errors import BlockCorrupt, Internal, LeaseLost, TransportLost
+from kvrelay.v1.transfer_pb2 import Commit
 from tests.kv_transfer.prompts import Prompt, small_codec
 
 

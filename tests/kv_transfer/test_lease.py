@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from kvrelay.errors import LeaseLost
 
 from kv_transfer.lease import HeldLease, LeaseTable
+from kvrelay.errors import LeaseLost
 
 SLOTS = 5
 IDS = st.sampled_from([f"lease-{number}" for number in range(8)])

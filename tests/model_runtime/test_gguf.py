@@ -98,21 +98,29 @@ def read_everything(path: Path) -> None:
         checkpoint.read(name)
 
 
-HEADER = 9000
-"""Bytes of the small file before its tensors: flips there are the interesting ones."""
+HEADER = 4800
+"""Bytes of the small file before its tensors: changes there are the interesting ones."""
+WILD = (0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    flips=st.lists(st.tuples(st.integers(0, HEADER), st.integers(0, 255)), min_size=1, max_size=4),
+    flips=st.lists(st.tuples(st.integers(0, HEADER), st.integers(0, 255)), max_size=4),
+    numbers=st.lists(st.tuples(st.integers(0, HEADER), st.sampled_from(WILD)), max_size=2),
     cut=st.one_of(st.none(), st.floats(0, 1)),
 )
 def test_broken_files_are_refused_or_read(
-    whole: bytes, tmp_path: Path, flips: list[tuple[int, int]], cut: float | None
+    whole: bytes,
+    tmp_path: Path,
+    flips: list[tuple[int, int]],
+    numbers: list[tuple[int, int]],
+    cut: float | None,
 ) -> None:
     data = bytearray(whole)
     for at, value in flips:
         data[at] = value
+    for at, value in numbers:
+        data[at : at + 8] = struct.pack("<Q", value)
     if cut is not None:
         del data[int(cut * len(data)) :]
     path = tmp_path / "broken.gguf"
@@ -138,6 +146,13 @@ def test_the_whole_file_is_read(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "whole.gguf"
     path.write_bytes(whole)
     read_everything(path)
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    raw = random_blocks(Kind.Q8_0, 2, 1)
+    raw[1, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+    with pytest.raises(ModelFileInvalid, match="NaN or infinite"):
+        one_tensor(tmp_path / "t.gguf", raw, Kind.Q8_0).read("t")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class KernelKey:
     @property
     def options(self) -> list[str]:
         """NVRTC's command line."""
-        return ["--std=c++17", f"--gpu-architecture={self.arch}", *[f"-D{name}={value}" for name, value in self.constants]]
+        return ["--std=c++17", "-default-device", f"--gpu-architecture={self.arch}", *[f"-D{name}={value}" for name, value in self.constants]]
 
     @property
     def digest(self) -> str:

@@ -32,7 +32,7 @@ class GetWorkerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatusResponse(_message.Message):
-    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests")
+    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests", "pid")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class GetWorkerStatusResponse(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     pool: Pool
     state: WorkerState
@@ -77,7 +78,8 @@ class GetWorkerStatusResponse(_message.Message):
     memory_bytes: int
     backend: str
     requests: int
-    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ...) -> None: ...
+    pid: int
+    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
