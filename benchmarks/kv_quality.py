@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.machine import cores, provenance, result_path
+from benchmarks.real_text import SOURCE, real_tokens
 from kvrelay_kernels.interface import Arena, StepBatch, WeightMode
 from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.catalog import default_cache_dir, resolve
@@ -27,10 +31,6 @@ from model_runtime.decoder import Decoder
 from model_runtime.opening import open_decoder
 from model_runtime.progress import silent
 from model_runtime.tokenizer import load_tokenizer
-from numpy.typing import NDArray
-
-from benchmarks.machine import cores, provenance, result_path
-from benchmarks.real_text import SOURCE, real_tokens
 
 FORMATS = ("none", "int8-g64", "int8-g32", "int4-g64", "int4-g32")
 GATED = "int8-g64"
@@ -50,7 +50,9 @@ class Judged:
     likeliest: list[NDArray[np.intp]] = field(default_factory=list)
     divergences: list[Floats] = field(default_factory=list)
 
-    def add(self, logprobs: NDArray[np.float32], base: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+    def add(
+        self, logprobs: NDArray[np.float32], base: NDArray[np.float32], targets: NDArray[np.int64]
+    ) -> None:
         """Take a chunk's log-probabilities, and those of the unquantized cache."""
         rows = np.arange(len(targets))
         self.losses.append(-logprobs[rows, targets].astype(np.float64))
@@ -126,10 +128,12 @@ def failures(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--weights", nargs="+", default=["float", "auto"], choices=["auto", "float", "int8", "int4"])
-    parser.add_argument("--window", type=int, default=2049, help="tokens of a sequence; all but the first are judged")
+    modes = ["auto", "float", "int8", "int4"]
+    parser.add_argument("--weights", nargs="+", default=["float", "auto"], choices=modes)
+    parser.add_argument("--window", type=int, default=2049, help="tokens of a sequence, one not judged")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--out", type=Path, default=result_path("kv_quality"))

@@ -42,7 +42,7 @@ def provenance(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Clock:
-    """CPU seconds since the boot: of the whole machine, stolen from it, and of this process and its children."""
+    """CPU seconds since the boot: of the machine, stolen from it, and of this process and its children."""
 
     wall: float
     busy: float
@@ -63,17 +63,18 @@ class Clock:
 
 @dataclass(frozen=True)
 class Weather:
-    """Cores in use by others, and cores stolen by the host, on average over a while."""
+    """Cores in use on average over a while: by this process and its children, by others, and by the host."""
 
+    own: float
     others: float
     stolen: float
 
     @classmethod
     def between(cls, begin: Clock, end: Clock) -> Self:
         """What it was between two readings."""
-        wall = end.wall - begin.wall
-        others = max(0.0, (end.busy - begin.busy) - (end.own - begin.own)) / wall
-        return cls(round(others, 3), round((end.stolen - begin.stolen) / wall, 3))
+        wall, own = end.wall - begin.wall, end.own - begin.own
+        shares = (own, max(0.0, end.busy - begin.busy - own), end.stolen - begin.stolen)
+        return cls(*(round(share / wall, 3) for share in shares))
 
     @property
     def disturbance(self) -> float:
@@ -82,7 +83,7 @@ class Weather:
 
 
 def wait_until_quiet(limit: float, seconds: float = 2.0, patience: float = 900.0) -> tuple[Weather, float]:
-    """Wait until others take fewer than `limit` cores for `seconds`; gives the last weather and the time waited.
+    """Wait until others take fewer than `limit` cores for `seconds`; gives the weather and the time waited.
 
     After `patience` seconds it goes on all the same: the weather tells.
     """
@@ -97,7 +98,7 @@ def wait_until_quiet(limit: float, seconds: float = 2.0, patience: float = 900.0
 
 
 def _own_ticks() -> int:
-    """Clock ticks of this process and all that descend from it, the ended ones that were waited for included."""
+    """Clock ticks of this process and its descendants, ended ones that were waited for included."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():

@@ -2,9 +2,9 @@
 
 import platform
 import random
+from pydoc_data.topics import topics
 
 from model_runtime.tokenizer import Tokenizer
-from pydoc_data.topics import topics
 
 TOPICS = (
     "specialnames",
@@ -30,7 +30,7 @@ def real_tokens(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode("\n".join(topics[name] for name in TOPICS), add_special=False)
 
 
-def windows(tokens: list[int], length: int, rng: random.Random) -> list[int]:
-    """A stretch of the text that begins anywhere: its blocks are those of no other stretch."""
+def stretch(tokens: list[int], length: int, rng: random.Random) -> list[int]:
+    """A part of the text that begins anywhere: it shares no prefix with others, so none finds it cached."""
     start = rng.randrange(len(tokens) - length)
     return tokens[start : start + length]

@@ -139,7 +139,10 @@ class DecodeEngine(StepLoop):
             slot.blocks = self.pool.allocate(slot.block_count)
             slot.deadline = time.monotonic() + self.config.lease_seconds
             keys = prefix_keys(
-                slot.prompt_ids + slot.answer_ids, self.landings.codec.model, self.arena.layout.fingerprint
+                slot.prompt_ids + slot.answer_ids,
+                self.landings.codec.model,
+                self.arena.layout.fingerprint,
+                len(slot.prompt_ids),
             )
 
             def write(layer: int, index: int, payload: memoryview, blocks: list[int] = slot.blocks) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 import grpc.aio
 
@@ -26,7 +27,7 @@ class WorkerDirectory:
         self._lost_seconds = lost_seconds
         self._workers: dict[str, Worker] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._changed: list[Callable[[], None]] = []
         self._removed: list[Callable[[str], None]] = []
@@ -50,9 +51,7 @@ class WorkerDirectory:
         watcher = self._watchers.pop(worker_id)
         watcher.cancel()
         worker.give_up_streams(WorkerLostError(worker_id, NoWorker("the worker was removed")))
-        closing = asyncio.create_task(worker.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._keep(worker.close())
         for callback in self._removed:
             callback(worker_id)
         self._tell()
@@ -91,6 +90,12 @@ class WorkerDirectory:
             answers.append(status)
         return answers
 
+    async def refresh(self, seconds: float = 1.0) -> None:
+        """Ask all workers now, so that `statuses` is of this moment, except for those that take longer."""
+        asked = [self._keep(self._ask(worker)) for worker in self._workers.values()]
+        if asked:
+            await asyncio.wait(asked, timeout=seconds)
+
     def subscribe(self, changed: Callable[[], None], removed: Callable[[str], None] | None = None) -> None:
         """Have `changed` called when readiness or slots change, `removed` with the id of one that goes."""
         self._changed.append(changed)
@@ -109,7 +114,14 @@ class WorkerDirectory:
         watchers = tuple(self._watchers.values())
         for worker_id in tuple(self._workers):
             self.remove(worker_id)
-        await asyncio.gather(*watchers, *self._closing, return_exceptions=True)
+        await asyncio.gather(*watchers, *self._tasks, return_exceptions=True)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that `close` waits for; the event loop alone would not hold on to it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _tell(self) -> None:
         for callback in self._changed:
@@ -119,26 +131,26 @@ class WorkerDirectory:
         """Ask one worker for its status for as long as it is known."""
         while True:
             worker.ask.clear()
-            before = (worker.trusted, worker.status.slots)
-            try:
-                worker.status = await worker.service.GetWorkerStatus(
-                    GetWorkerStatusRequest(), timeout=self._lost_seconds
-                )
-                worker.answers, worker.doubted = True, False
-            except grpc.aio.AioRpcError as error:
-                self._unanswered(worker, error)
-            if (worker.trusted, worker.status.slots) != before:
-                log.info("worker %s: %s", worker.worker_id, "ready" if worker.trusted else "not ready")
-                self._tell()
+            await self._ask(worker)
             try:
                 async with asyncio.timeout(self._poll_seconds):
                     await worker.ask.wait()
             except TimeoutError:
                 pass
 
-    def _unanswered(self, worker: Worker, error: grpc.aio.AioRpcError) -> None:
-        worker.answers = False
-        fault = fault_of_call(worker.worker_id, error)
-        if isinstance(fault, WorkerLostError):
-            # A process that hangs breaks no connection: its streams would wait for ever.
-            worker.give_up_streams(fault)
+    async def _ask(self, worker: Worker) -> None:
+        before = (worker.trusted, worker.status.slots)
+        try:
+            worker.status = await worker.service.GetWorkerStatus(
+                GetWorkerStatusRequest(), timeout=self._lost_seconds
+            )
+            worker.answers, worker.doubted = True, False
+        except grpc.aio.AioRpcError as error:
+            worker.answers = False
+            fault = fault_of_call(worker.worker_id, error)
+            if isinstance(fault, WorkerLostError):
+                # A process that hangs breaks no connection: its streams would wait for ever.
+                worker.give_up_streams(fault)
+        if (worker.trusted, worker.status.slots) != before:
+            log.info("worker %s: %s", worker.worker_id, "ready" if worker.trusted else "not ready")
+            self._tell()

@@ -93,13 +93,11 @@ class Gateway:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, *(service.name for service in self._extra_services), health.SERVICE_NAME)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-        address = f"{self.config.host}:{self.config.port}"
         try:
-            self._port = server.add_insecure_port(address)
-        except RuntimeError:
-            raise BadSetup(f"cannot listen on {address}: is another server running there?") from None
-        if self.config.http_port is not None:
-            self._http_port = await self._http.start(self.config.host, self.config.http_port)
+            await self._listen(server)
+        except BadSetup:
+            await server.stop(None)
+            raise
         await server.start()
         self._server = server
         self._changed.set()
@@ -120,6 +118,15 @@ class Gateway:
         await self._http.stop()
         await server.stop(1.0)
         await self.directory.close()
+
+    async def _listen(self, server: grpc.aio.Server) -> None:
+        address = f"{self.config.host}:{self.config.port}"
+        try:
+            self._port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise BadSetup(f"cannot listen on {address}: is another server running there?") from None
+        if self.config.http_port is not None:
+            self._http_port = await self._http.start(self.config.host, self.config.http_port)
 
     async def _tell_health(self) -> None:
         """SERVING while both pools have a ready worker."""

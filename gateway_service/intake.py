@@ -21,7 +21,7 @@ from gateway_service.validation import (
     check_text,
     resolved,
 )
-from kvrelay.errors import Draining, InvalidArgument, KvrelayError
+from kvrelay.errors import Draining, Internal, InvalidArgument, KvrelayError
 from kvrelay.v1.inference_pb2 import Chat, Finish, GenerateRequest, TokenizeRequest
 from kvrelay.v1.sampling_pb2 import FinishReason
 
@@ -87,9 +87,9 @@ class Intake:
             if self._stopping:
                 raise Draining("the gateway is stopping") from None
             raise
-        except Exception:
+        except Exception as error:
             log.exception("request %s failed", request_id)
-            raise
+            raise Internal(f"{type(error).__name__}: {error}") from error
         finally:
             del self._running[request_id]
             self.metrics.requests.labels(outcome).inc()

@@ -17,23 +17,14 @@ SERVICE = "kvrelay.v1.TransferService"
 PATH = f"/{SERVICE}/Push"
 LEASE_KEY = "kvrelay-lease"
 COMMIT_MAGIC = b"KVRC"
-
-Option = tuple[str, int]
-
-
-def server_options() -> list[Option]:
-    """Options that the decode worker's `grpc.aio.server` needs for `transfer_handler`."""
-    return [
-        ("grpc.max_receive_message_length", 64 << 20),
-        # A sender pings while it waits, to learn of a peer that has gone without a word.
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]
+HANDOVER_SECONDS = 3600.0
+"""Bound on a hand-over, the time that prefill computes included."""
 
 
 def transfer_handler(landings: Landings) -> grpc.GenericRpcHandler:
     """What a `grpc.aio.Server` answers `TransferService/Push` with, by `add_generic_rpc_handlers`.
 
+    The server has to take messages of 1 MiB, or of one block where that is larger; gRPC's own bound is 4 MiB.
     Blocks are checked and copied on the server's loop: a message is about 1 MiB, which keeps the loop
     for less than half a millisecond, about what handing it to another thread would cost.
     """
@@ -75,14 +66,9 @@ class GrpcChannel(Channel):
     def __init__(self, endpoint: str, codec: BlockCodec) -> None:
         self._codec = codec
         self._endpoint = endpoint
-        options: list[Option] = [
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.max_pings_without_data", 0),
-            # A worker that comes back at the same address is found at once.
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1_000),
-        ]
+        # A worker that comes back at the same address is found at once. No keepalive: a stream may be silent
+        # for as long as prefill computes, and servers end connections that ping more than every 5 minutes.
+        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
         self._channel = grpc.insecure_channel(urlsplit(endpoint).netloc, options)
 
     def open(self, lease_id: str) -> Sender:
@@ -101,7 +87,9 @@ class _GrpcSender(QueuedSender):
         super().__init__(codec, lease_id)
         self._endpoint = endpoint
         # gRPC's own thread drains the queue, one message ahead of the wire.
-        self._call = push.future(self._requests(), metadata=((LEASE_KEY, lease_id),))
+        self._call = push.future(
+            self._requests(), timeout=HANDOVER_SECONDS, metadata=((LEASE_KEY, lease_id),)
+        )
         self._call.add_done_callback(self._settle)
 
     def _requests(self) -> Iterator[bytes]:

@@ -14,7 +14,9 @@ _ROOT = struct.Struct("<16sQQ")
 _COUNT = struct.Struct("<I")
 
 
-def prefix_keys(token_ids: Sequence[int] | NDArray[Any], model: int, layout: int) -> list[bytes]:
+def prefix_keys(
+    token_ids: Sequence[int] | NDArray[Any], model: int, layout: int, prompt_tokens: int | None = None
+) -> list[bytes]:
     """The 16-byte key of each block of 64 tokens, the last of which may be partly filled.
 
     key[i] = xxh3-128(key[i-1], number of tokens, tokens of block i as little-endian u32), and the chain
@@ -25,12 +27,16 @@ def prefix_keys(token_ids: Sequence[int] | NDArray[Any], model: int, layout: int
         token_ids: `[n]`, each below 2**32.
         model: the model's fingerprint.
         layout: `BlockLayout.fingerprint`.
+        prompt_tokens: how many of the tokens are the prompt (None: all). The others were written one by one,
+            which may sum in another order than reading does: a block with some of them has a key of its own.
     """
     tokens = np.asarray(token_ids, "<u4")
+    prompt = len(tokens) if prompt_tokens is None else prompt_tokens
     key = xxhash.xxh3_128_digest(_ROOT.pack(b"kvrelay-prefix-1", model, layout))
     keys: list[bytes] = []
     for start in range(0, len(tokens), BLOCK_TOKENS):
         block = tokens[start : start + BLOCK_TOKENS]
-        key = xxhash.xxh3_128_digest(key + _COUNT.pack(len(block)) + block.tobytes())
+        written = b"" if start + len(block) <= prompt else _COUNT.pack(prompt)
+        key = xxhash.xxh3_128_digest(key + _COUNT.pack(len(block)) + block.tobytes() + written)
         keys.append(key)
     return keys

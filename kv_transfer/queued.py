@@ -12,11 +12,13 @@ from weakref import WeakSet
 
 from kv_transfer.block import BlockCodec, BlockHeader
 from kv_transfer.channel import Channel, Handover, Sender
-from kvrelay.errors import Cancelled, Internal, KvrelayError
+from kvrelay.errors import Cancelled, Internal, KvrelayError, TransportLost
 from kvrelay.v1.transfer_pb2 import Commit
 
 MESSAGE_BYTES = 1 << 20
 QUEUE_BYTES = 32 << 20
+STALL_SECONDS = 10.0
+"""A peer that takes nothing for so long while the queue is full is lost: it must not hold an engine up."""
 
 EncodedBlock = tuple[BlockHeader, bytes, memoryview]
 """A block's header, the same as bytes, and its payload."""
@@ -31,11 +33,11 @@ class QueuedSender(Sender):
     and at the end at most one message is left to send.
     """
 
-    def __init__(self, codec: BlockCodec, lease_id: str, queue_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(self, codec: BlockCodec, lease_id: str) -> None:
         self.lease_id = lease_id
         self._codec = codec
         self._per_message = max(1, MESSAGE_BYTES // codec.block_bytes)
-        self._capacity = max(self._per_message, queue_bytes // codec.block_bytes)
+        self._capacity = max(self._per_message, QUEUE_BYTES // codec.block_bytes)
         self._queue: deque[tuple[BlockHeader, memoryview]] = deque()
         self._changed = Condition()
         self._packing = False
@@ -52,11 +54,9 @@ class QueuedSender(Sender):
         """As the contract says."""
         if payload.nbytes != self._codec.layout.block_bytes:
             raise ValueError(f"a payload of {payload.nbytes} bytes, not {self._codec.layout.block_bytes}")
+        if not self._wait_for_room():
+            self._fail(TransportLost(f"nothing of lease {self.lease_id} was taken for {STALL_SECONDS:.0f} s"))
         with self._changed:
-            if len(self._queue) >= self._capacity:
-                began = perf_counter()
-                self._changed.wait_for(lambda: len(self._queue) < self._capacity or self._error is not None)
-                self._blocked += perf_counter() - began
             self._raise_if_ended()
             self._queue.append((header, payload))
             self._blocks += 1
@@ -103,6 +103,18 @@ class QueuedSender(Sender):
                     self._packing = False
                     self._changed.notify_all()
             yield message
+
+    def _wait_for_room(self) -> bool:
+        with self._changed:
+            if self._has_room():
+                return True
+            began = perf_counter()
+            in_time = self._changed.wait_for(self._has_room, STALL_SECONDS)
+            self._blocked += perf_counter() - began
+        return in_time
+
+    def _has_room(self) -> bool:
+        return len(self._queue) < self._capacity or self._error is not None
 
     def _has_message(self) -> bool:
         return len(self._queue) >= self._per_message or self._commit is not None or self._error is not None

@@ -54,5 +54,6 @@ def only_rows(batch: StepBatch) -> tuple[list[int] | None, StepBatch, NDArray[np
         lengths=batch.lengths[sequences],
         block_tables=batch.block_tables[sequences],
         logit_rows=rows,
+        read=batch.prompts[sequences],
     )
     return wanted.tolist(), cut, rows

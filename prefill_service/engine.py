@@ -79,7 +79,9 @@ class PrefillEngine(StepLoop):
         limit = min(self.pool.capacity * BLOCK_TOKENS, self.decoder.context)
         if tokens > limit:
             raise PromptTooLong(f"a prompt of {tokens} tokens exceeds the {limit} that this worker can hold")
-        job.keys = prefix_keys(job.token_ids, self.codec.model, self.codec.layout.fingerprint)
+        job.keys = prefix_keys(
+            job.token_ids, self.codec.model, self.codec.layout.fingerprint, job.prompt_tokens
+        )
         with self.changed:
             if self.draining:
                 raise Draining("this prefill worker takes no new prompt")
@@ -195,15 +197,15 @@ class PrefillEngine(StepLoop):
             for chunk in chunks:
                 self._feed.send_layer(chunk.prompt, layer, chunk.tokens)
 
-        batch = step_batch(chunks)
+        batch, owners = step_batch(chunks)
         try:
             logits = iter(self.decoder.forward(batch, self.arena, on_layer))
         except KernelError as error:
             log.warning("a prefill step failed: %s", error)
             # Where the fault is in some prompts alone, the others take the step again.
-            failed = error.sequences if isinstance(error, NonFiniteActivations) else range(len(chunks))
+            failed = error.sequences if isinstance(error, NonFiniteActivations) else range(batch.sequences)
             for index in failed:
-                chunks[index].prompt.error = Internal(f"{type(error).__name__}: {error}")
+                owners[index].error = Internal(f"{type(error).__name__}: {error}")
             return
         self.metrics.computed.add(batch.rows)
         for job, tokens in ((chunk.prompt, chunk.tokens) for chunk in chunks):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -45,6 +46,22 @@ class StepBatch:
     """`[sequences, blocks]`: arena blocks of each sequence in order; entries past its length are not read."""
     logit_rows: NDArray[np.int32]
     """`[n]`: the rows whose logits are wanted."""
+    read: NDArray[np.bool_] | None = None
+    """`[sequences]`: which sequences are read as prompts, in tiles; the others, of one row each, are written on.
+
+    The two may sum attention in another order. A token goes the same way whenever it is computed anew, so
+    that an answer goes on after a fault with the same bits. None: sequences with several rows are prompts.
+    """
+
+    @cached_property
+    def prompts(self) -> NDArray[np.bool_]:
+        """`[sequences]`: `read`, or what it is where it was not told."""
+        return np.diff(self.row_starts) > 1 if self.read is None else self.read
+
+    @cached_property
+    def prompt_numbers(self) -> list[int]:
+        """The sequences that are prompts."""
+        return np.flatnonzero(self.prompts).tolist()
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ from gateway_service.gateway import Gateway
 from kvrelay.errors import BadSetup
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.sampling_pb2 import FinishReason, SamplingParams
+from kvrelay.v1.worker_pb2 import WorkerState
 from tests.gateway_service.byte_model import BOS, CONTEXT, EOS, VOCABULARY, byte_model
 from tests.gateway_service.house import open_house, until
 from tests.gateway_service.scripted import HANG, Fault, expected_answer
@@ -199,6 +200,25 @@ async def test_metrics_count_what_was_answered() -> None:
         assert 'kvrelay_gateway_requests_total{outcome="FINISH_REASON_LENGTH"} 1.0' in text
         assert 'kvrelay_gateway_requests_total{outcome="InvalidArgument"} 1.0' in text
         assert "kvrelay_gateway_completion_tokens_total 5.0" in text
+
+
+async def test_statuses_are_those_of_the_workers() -> None:
+    async with open_house(config=GatewayConfig(poll_seconds=60)) as house:
+        call = house.call(ask(max_tokens=1000))
+        house.decode[0].pause = 0.01
+        await anext(aiter(call))
+        await house.directory.refresh()
+        running = {status.worker_id: status.running for status in house.directory.statuses()}
+        assert running["decode-0"] == 1
+        call.cancel()
+        await house.idle()
+        await house.decode[0].stop()
+        await house.directory.refresh()
+        states = {status.worker_id: status.state for status in house.directory.statuses()}
+        assert states == {
+            "prefill-0": WorkerState.WORKER_STATE_READY,
+            "decode-0": WorkerState.WORKER_STATE_STOPPED,
+        }
 
 
 async def test_a_taken_port_says_so() -> None:

@@ -30,7 +30,8 @@ def run(cupy: Any, kernels: KernelCache, problem: DecodeProblem, cache: PagedCac
     """The kernel's output as float32, from a poisoned buffer."""
     operation = DecodeAttention(problem, len(cache.lengths), kernels)
     out = cupy.full(q.shape, 0xFFFF, np.uint16)
-    operation(cupy.asarray(q.view(np.uint16)), *map(cupy.asarray, (cache.arena, cache.tables, cache.lengths)), out)
+    operation.plan(cupy.asarray(cache.lengths))
+    operation(cupy.asarray(q.view(np.uint16)), cupy.asarray(cache.arena), cupy.asarray(cache.tables), out)
     return out.get().view(q.dtype).astype(np.float32)
 
 

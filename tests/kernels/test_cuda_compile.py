@@ -43,8 +43,13 @@ def test_decode_attention_compiles(name: str, arch: str) -> None:
     assert cubin[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_decode_plan_compiles(arch: str) -> None:
+    assert KernelCache().cubin(KernelKey.of("decode_plan", {}, arch))[:4] == b"\x7fELF"
+
+
 def test_every_source_is_tested() -> None:
-    assert {path.stem for path in SOURCES.glob("*.cu")} == {"decode_attention"}
+    assert {path.stem for path in SOURCES.glob("*.cu")} == {"decode_attention", "decode_plan"}
 
 
 def test_cubins_are_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,18 @@
 """A decode worker's receiving end and the channels that lead to it, for each transport."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
-
-import grpc
 
 from kv_transfer.block import BlockCodec
 from kv_transfer.channel import Channels, Sender
 from kv_transfer.embedded import EmbeddedServer
-from kv_transfer.grpc_channel import server_options, transfer_handler
+from kv_transfer.grpc_channel import transfer_handler
 from kv_transfer.inproc_channel import InprocHub
 from kv_transfer.landing import Landings
 from kv_transfer.redis_channel import RedisReceiver
 from kv_transfer.transports import default_transports
+from kvrelay.rpc import ServerThread
 from kvrelay.v1.prefill_pb2 import Lease
 from tests.kv_transfer.prompts import Prompt
 
@@ -43,38 +40,17 @@ class Route:
 
 
 class TransferServer:
-    """A gRPC server in a thread of its own, as a worker has one."""
+    """A gRPC server as a worker has one."""
 
     def __init__(self, landings: Landings, port: int = 0) -> None:
-        self._landings = landings
-        self._loop = asyncio.new_event_loop()
-        self._started = Event()
-        self._thread = Thread(target=self._run, args=(port,), daemon=True)
-        self._thread.start()
-        self._started.wait(20)
+        self._server = ServerThread("transfer")
+        self.port = self._server.start(
+            lambda server: server.add_generic_rpc_handlers((transfer_handler(landings),)), f"127.0.0.1:{port}"
+        )
 
-    def stop(self, grace: float | None = None) -> None:
-        """Stop the server: at once, or with time for running streams."""
-
-        async def end() -> None:
-            await self._server.stop(grace)
-            self._stopped.set()
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop)
-        self._thread.join(20)
-
-    def _run(self, port: int) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve(port))
-
-    async def _serve(self, port: int) -> None:
-        self._stopped = asyncio.Event()
-        self._server = grpc.aio.server(options=server_options())
-        self._server.add_generic_rpc_handlers((transfer_handler(self._landings),))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
-        await self._server.start()
-        self._started.set()
-        await self._stopped.wait()
+    def stop(self) -> None:
+        """Stop the server; streams are cut."""
+        self._server.stop(0)
 
 
 @contextmanager

@@ -189,6 +189,27 @@ def test_an_abort_frees_a_sender_that_is_held_back(codec: BlockCodec) -> None:
     server.stop()
 
 
+def test_a_receiver_that_takes_nothing_is_given_up(
+    codec: BlockCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_transfer.queued.STALL_SECONDS", 0.2)
+    codec = small_codec("none", layers=20, kv_heads=32, head_dim=128)
+    landings = Landings(codec)
+    server = TransferServer(landings)
+    channels = Channels(codec, default_transports())
+    prompt = Prompt(codec, 128)
+    go_on = threading.Event()
+    landings.expect("a", prompt.tokens, prompt.keys, lambda layer, index, payload: void(go_on.wait(20)))
+    sender = Route(codec, channels, landings, f"grpc://127.0.0.1:{server.port}").open("a")
+    error = outcome(prompt, sender)
+    assert isinstance(error, TransportLost)
+    assert "nothing of lease a was taken" in str(error)
+    go_on.set()
+    until(lambda: len(landings) == 0)
+    channels.close()
+    server.stop()
+
+
 def test_the_server_answers_other_streams_meanwhile(grpc_route: Route, codec: BlockCodec) -> None:
     # A stream that stays open must not keep a second one on the same connection from landing.
     waiting = Prompt(codec, 64 * 10, seed=1)

@@ -33,8 +33,8 @@ Floats = NDArray[np.float32]
 FEW = 32
 """Up to so many rows, weights are widened in registers; above, once into scratch panels. Measured: either is
 as fast from 24 to 48 rows, and both sum alike, so the choice changes no bit."""
-ALONE = 16384
-"""Elements below which waking other threads takes longer than the work."""
+ALONE = 65536
+"""Elements below which one thread is done before another has been woken."""
 NO_WINDOW = 2**31 - 1
 NO_NORM = (np.empty(0, np.float32), np.empty(0, np.float32), np.float32(0))
 
@@ -78,13 +78,13 @@ class CpuBackend:
         """Rows `token_ids` times `scale`. Raises IndexError for an id outside the table."""
         if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < table.rows:
             raise IndexError(f"token ids must lie in 0..{table.rows - 1}")
-        out = np.empty((len(token_ids), table.columns), np.float32)
+        out = self._blank(len(token_ids), table.columns)
         GATHER[table.bits](table.codes, table.affine, table.group, token_ids, np.float32(scale), out)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
         """`x / sqrt(mean(x^2) + eps) * weight`."""
-        out = np.empty_like(x)
+        out = self._blank(*x.shape)
         NORM[self._spread(x)](x, weight, eps, out, self._chunks(x))
         return out
 
@@ -94,14 +94,14 @@ class CpuBackend:
 
     def add_rms_norm(self, x: Floats, y: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
         """`x + y` and its norm, in one pass."""
-        summed, out = np.empty_like(x), np.empty_like(x)
+        summed, out = self._blank(*x.shape), self._blank(*x.shape)
         ADD_NORM[self._spread(x)](x, y, weight, eps, summed, out, self._chunks(x))
         return summed, out
 
     def linear(self, x: Floats, weight: PackedLinear) -> Floats:
         """`x @ weight.T (+ bias)`."""
         self._claim_threads()
-        out = np.empty((len(x), weight.width), np.float32)
+        out = self._blank(len(x), weight.width)
         kernels = FEW_ROWS if len(x) <= FEW else MANY_ROWS
         kernels[weight.bits](x, weight.codes, weight.affine, weight.group, out, self.threads)
         if weight.width != weight.rows:
@@ -112,7 +112,7 @@ class CpuBackend:
 
     def gate(self, gate_up: Floats, activation: Activation) -> Floats:
         """`activation(left half) * right half`."""
-        out = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
+        out = self._blank(len(gate_up), gate_up.shape[1] // 2)
         GATE[self._spread(gate_up), activation](gate_up, out, self._chunks(gate_up))
         return out
 
@@ -127,7 +127,7 @@ class CpuBackend:
         norms: tuple[Floats, Floats, float] | None,
     ) -> Floats:
         """Norm, rope, quantize into the arena; returns q. The bytes are those of `quant.affine.quantize`."""
-        out = np.empty((len(qkv), spec.heads * spec.head_dim), np.float32)
+        out = self._blank(len(qkv), spec.heads * spec.head_dim)
         fmt = arena.layout.format
         kernel = append_kernel(fmt.bits, fmt.group, spec.head_dim, self._spread(qkv))
         q_norm, k_norm, eps = norms or NO_NORM
@@ -141,23 +141,21 @@ class CpuBackend:
     def attention(
         self, q: Floats, batch: StepBatch, arena: CpuArena, layer: int, spec: AttentionSpec
     ) -> Floats:
-        """Attention over the arena: sequences with one new row from the codes, others tile by tile."""
+        """Attention over the arena: prompts tile by tile, other sequences' one row from the codes."""
         self._claim_threads()
-        out = np.empty_like(q)
+        out = self._blank(*q.shape)
         fmt, group = arena.layout.format, spec.heads // spec.kv_heads
         window, scale = spec.window or NO_WINDOW, np.float32(spec.scale)
         place = arena.cache, layer * arena.layer_items, arena.block_items, arena.places
         decode_kernel(fmt.bits, fmt.group, spec.head_dim, group)(
-            q.reshape(-1), batch.row_starts, batch.lengths, batch.block_tables, *place,
+            q.reshape(-1), batch.prompts, batch.row_starts, batch.lengths, batch.block_tables, *place,
             spec.kv_heads, window, scale, out.reshape(-1), self._tally, self.threads,
         )  # fmt: skip
-        if batch.rows == batch.sequences:
+        if not batch.prompt_numbers:
             return out
         expand = expand_kernel(fmt.bits, fmt.group, spec.head_dim)
-        for s in range(batch.sequences):
+        for s in batch.prompt_numbers:
             row, rows = int(batch.row_starts[s]), int(batch.row_starts[s + 1] - batch.row_starts[s])
-            if rows < 2:
-                continue
             length = int(batch.lengths[s])
             position = length - rows
             first = max(0, position - window + 1) // BLOCK_TOKENS
@@ -176,6 +174,9 @@ class CpuBackend:
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing: kernels compile, or come from Numba's cache, in the steps that the decoder warms up with."""
+
+    def _blank(self, rows: int, width: int) -> Floats:
+        return np.empty((rows, width), np.float32)
 
     def _panels(self, blocks: int, dim: int) -> tuple[Floats, Floats]:
         """Scratch for one kv head's widened keys and values, kept from call to call."""

@@ -34,9 +34,17 @@ class _Side:
         self.chunk = chunk_of(self.dim, self.bits, self.group)
         self.builder, self.word = builder, at[0].type
         kind, array = cache
+        self.start = vector.element(context, builder, kind, array, at[0].type(0), BYTE if self.bits else FLOAT)
         self.codes, self.scales, self.biases = (
             vector.element(context, builder, kind, array, place, BYTE if self.bits else FLOAT) for place in at
         )
+
+    def prefetch(self, ahead: Any, token: Any) -> None:
+        """Ask for token `token` of the ones from place `ahead` of the cache on."""
+        builder, items = self.builder, self.dim * self.bits // 8 if self.bits else self.dim
+        index = builder.add(ahead, builder.mul(token, self.word(items)))
+        kind = BYTE if self.bits else FLOAT
+        vector.prefetch(builder, vector.offset(builder, self.start, index, kind), items if self.bits else 4 * items)
 
     def read(self, token: Any, number: int) -> Any:
         """Chunk `number` of a token as float32; of 4-bit codes, even elements first."""
@@ -59,54 +67,72 @@ class _Side:
 
 @emitted
 def score_tokens(
-    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, q: Any, out: Any, target: Any,
-    pitch: Any, bits: Any, group: Any, dim: Any, heads: Any,
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, ahead: Any, q: Any, out: Any,
+    target: Any, pitch: Any, bits: Any, group: Any, dim: Any, heads: Any,
 ) -> Any:  # fmt: skip
-    """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens; q is `[heads, dim]` in reading order."""
+    """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens; q is `[heads, dim]` in reading order.
+
+    As many tokens from place `ahead` on will be read next.
+    """
     heads_ = heads.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        cache_, codes_, scales_, biases_, count_, q_, out_, target_, pitch_, *_ = args
+        cache_, codes_, scales_, biases_, count_, ahead_, q_, out_, target_, pitch_, *_ = args
         kinds, word = signature.args, count_.type
         side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
-        q_at = vector.element(context, builder, kinds[5], q_, word(0), FLOAT)
-        out_at = vector.element(context, builder, kinds[6], out_, target_, FLOAT)
-        with vector.loop(builder, word(0), count_) as token:
+        q_at = vector.element(context, builder, kinds[6], q_, word(0), FLOAT)
+        out_at = vector.element(context, builder, kinds[7], out_, target_, FLOAT)
+        chunks = range(side.dim // side.chunk)
+
+        def products(token: Any) -> list[Any]:
+            """For each head, lanes whose total is its score."""
+            side.prefetch(ahead_, token)
             sums: list[Any] = [None] * heads_
-            for number in range(side.dim // side.chunk):
+            for number in chunks:
                 key = side.read(token, number)
                 for head in range(heads_):
                     place = vector.offset(builder, q_at, word(head * side.dim + number * side.chunk), FLOAT)
-                    part = vector.load(builder, place, side.chunk)
-                    before = sums[head]
+                    part, before = vector.load(builder, place, side.chunk), sums[head]
                     sums[head] = (
-                        builder.fmul(key, part)
-                        if before is None
-                        else vector.multiply_add(builder, key, part, before)
+                        builder.fmul(key, part) if before is None else vector.multiply_add(builder, key, part, before)
                     )
+            return sums
+
+        def place(head: int, token: Any) -> Any:
+            return vector.offset(builder, out_at, builder.add(builder.mul(pitch_, word(head)), token), FLOAT)
+
+        fours = builder.and_(count_, word(-4))
+        with vector.loop(builder, word(0), builder.sdiv(fours, word(4))) as turn:
+            token = builder.mul(turn, word(4))
+            found = [products(builder.add(token, word(step))) for step in range(4)]
             for head in range(heads_):
-                index = builder.add(builder.mul(pitch_, word(head)), token)
-                builder.store(vector.total(builder, sums[head]), vector.offset(builder, out_at, index, FLOAT))
+                vector.store(builder, vector.totals(builder, [sums[head] for sums in found]), place(head, token))
+        with vector.loop(builder, fours, count_) as token:
+            for head, sums in enumerate(products(token)):
+                builder.store(vector.total(builder, sums), place(head, token))
         return context.get_dummy_value()
 
-    whole = (types.intp,) * 4
+    whole = (types.intp,) * 5
     return types.void(cache, *whole, q, out, types.intp, types.intp, bits, group, dim, heads), generate
 
 
 @emitted
 def weigh_values(
-    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, p: Any, first: Any, pitch: Any,
-    out: Any, target: Any, bits: Any, group: Any, dim: Any, heads: Any,
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, ahead: Any, p: Any, first: Any,
+    pitch: Any, out: Any, target: Any, bits: Any, group: Any, dim: Any, heads: Any,
 ) -> Any:  # fmt: skip
-    """`out[target:] += sum over t of p[first + h * pitch + t] * value t`, `[heads, dim]` in reading order."""
+    """`out[target:] += sum over t of p[first + h * pitch + t] * value t`, `[heads, dim]` in reading order.
+
+    As many tokens from place `ahead` on will be read next.
+    """
     heads_ = heads.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        cache_, codes_, scales_, biases_, count_, p_, first_, pitch_, out_, target_, *_ = args
+        cache_, codes_, scales_, biases_, count_, ahead_, p_, first_, pitch_, out_, target_, *_ = args
         kinds, word = signature.args, count_.type
         side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
-        p_at = vector.element(context, builder, kinds[5], p_, first_, FLOAT)
-        out_at = vector.element(context, builder, kinds[8], out_, target_, FLOAT)
+        p_at = vector.element(context, builder, kinds[6], p_, first_, FLOAT)
+        out_at = vector.element(context, builder, kinds[9], out_, target_, FLOAT)
         for number in range(side.dim // side.chunk):
             for start in range(0, heads_, TOGETHER):
                 some = range(start, min(start + TOGETHER, heads_))
@@ -116,6 +142,8 @@ def weigh_values(
                 for slot, line in enumerate(lines):
                     sums[slot] = vector.load(builder, line, side.chunk)
                 with vector.loop(builder, word(0), count_) as token:
+                    if number == start == 0:
+                        side.prefetch(ahead_, token)
                     value = side.read(token, number)
                     for slot, head in enumerate(some):
                         index = builder.add(builder.mul(pitch_, word(head)), token)
@@ -126,7 +154,7 @@ def weigh_values(
                     vector.store(builder, sums[slot], line)
         return context.get_dummy_value()
 
-    whole = (types.intp,) * 4
+    whole = (types.intp,) * 5
     constants = (bits, group, dim, heads)
     return types.void(cache, *whole, p, types.intp, types.intp, out, types.intp, *constants), generate
 
@@ -157,50 +185,61 @@ def expand_tokens(
 
 
 @emitted
-def quantize_group(
-    typing: Any, values: Any, first: Any, cache: Any, codes: Any, scale: Any, bias: Any, bits: Any, group: Any
-) -> Any:
-    """Quantize one group as `quant.affine.quantize` defines it; NaN goes into the scale, so that it comes out again."""
-    bits_, lanes = bits.literal_value, group.literal_value
+def put_token(
+    typing: Any, values: Any, first: Any, cache: Any, codes: Any, scales: Any, biases: Any, bits: Any, group: Any, dim: Any
+) -> Any:  # fmt: skip
+    """Store one head's K or V: quantized as `quant.affine.quantize` defines it, or as it is (`bits` 0)."""
+    bits_, dim_ = bits.literal_value, dim.literal_value
+    chunk = chunk_of(dim_, bits_, group.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values_, first_, cache_, codes_, scale_, bias_, *_ = args
-        kinds, kind = signature.args, ir.VectorType(FLOAT, lanes)
-        x = vector.load(builder, vector.element(context, builder, kinds[0], values_, first_, FLOAT), lanes)
-        low, high = vector.extreme(builder, x, "fmin"), vector.extreme(builder, x, "fmax")
-        unordered = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(lanes))
-        broken = builder.icmp_unsigned("!=", unordered, ir.IntType(lanes)(0))
-        low = builder.select(broken, FLOAT(float("nan")), low)
-        steps = builder.fdiv(builder.fsub(high, low), FLOAT(float(2**bits_ - 1)))
-        pair = [builder.fptrunc(number, HALF) for number in (steps, low)]
-        for number, place in zip(pair, (scale_, bias_), strict=True):
-            at = vector.element(context, builder, kinds[2], cache_, place, BYTE)
-            builder.store(number, builder.bitcast(at, HALF.as_pointer()), align=2)
-        step, base = (builder.fpext(number, FLOAT) for number in pair)
-        flat = builder.fcmp_ordered("==", step, FLOAT(0.0))
-        divisor = vector.splat(builder, builder.select(flat, FLOAT(1.0), step), lanes)
-        distance = builder.fdiv(builder.fsub(x, vector.splat(builder, base, lanes)), divisor)
-        rounded = vector.nearest(builder, distance)
-        top, zero = vector.splat(builder, FLOAT(float(2**bits_ - 1)), lanes), ir.Constant(kind, None)
-        rounded = builder.select(builder.fcmp_ordered("<", rounded, top), rounded, top)
-        # Ordered comparison: NaN becomes code 0 here, before the conversion that it would make undefined.
-        rounded = builder.select(builder.fcmp_ordered(">", distance, zero), rounded, zero)
-        rounded = builder.select(vector.splat(builder, flat, lanes), zero, rounded)
-        octets = builder.trunc(builder.fptosi(rounded, ir.VectorType(INT, lanes)), ir.VectorType(BYTE, lanes))
-        if bits_ == 4:
-            even, odd = (
-                builder.shuffle_vector(
-                    octets,
-                    octets,
-                    ir.Constant(
-                        ir.VectorType(INT, lanes // 2), [INT(2 * i + side) for i in range(lanes // 2)]
-                    ),
-                )
-                for side in (0, 1)
-            )
-            octets = builder.or_(even, builder.shl(odd, vector.splat(builder, BYTE(4), lanes // 2)))
-        at = vector.element(context, builder, kinds[2], cache_, codes_, BYTE)
-        builder.store(octets, builder.bitcast(at, octets.type.as_pointer()), align=1)
+        values_, first_, cache_, *places, _bits, _group, _dim = args
+        kinds, word = signature.args, first_.type
+        item = BYTE if bits_ else FLOAT
+        x_at = vector.element(context, builder, kinds[0], values_, first_, FLOAT)
+        codes_at, *pair_at = (vector.element(context, builder, kinds[2], cache_, place, item) for place in places)
+        for number in range(dim_ // chunk):
+            x = vector.load(builder, vector.offset(builder, x_at, word(number * chunk), FLOAT), chunk)
+            if not bits_:
+                vector.store(builder, x, vector.offset(builder, codes_at, word(number * chunk), FLOAT))
+                continue
+            octets, pair = _quantize(builder, x, bits_)
+            for value, place in zip(pair, pair_at, strict=True):
+                builder.store(value, vector.offset(builder, place, word(number), HALF), align=2)
+            at = vector.offset(builder, codes_at, word(number * octets.type.count), BYTE)
+            builder.store(octets, builder.bitcast(at, octets.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(values, types.intp, cache, types.intp, types.intp, types.intp, bits, group), generate
+    whole = (types.intp,) * 3
+    return types.void(values, types.intp, cache, *whole, bits, group, dim), generate
+
+
+def _quantize(builder: Any, x: Any, bits: int) -> tuple[Any, list[Any]]:
+    """The packed codes of one group, and its scale and bias as float16; NaN goes into these, to come out again."""
+    lanes, kind, top = x.type.count, x.type, FLOAT(float(2**bits - 1))
+    low, high = vector.extreme(builder, x, "fmin"), vector.extreme(builder, x, "fmax")
+    unordered = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(lanes))
+    broken = builder.icmp_unsigned("!=", unordered, ir.IntType(lanes)(0))
+    low = builder.select(broken, FLOAT(float("nan")), low)
+    pair = [builder.fptrunc(value, HALF) for value in (builder.fdiv(builder.fsub(high, low), top), low)]
+    step, base = (builder.fpext(value, FLOAT) for value in pair)
+    flat = builder.fcmp_ordered("==", step, FLOAT(0.0))
+    divisor = vector.splat(builder, builder.select(flat, FLOAT(1.0), step), lanes)
+    distance = builder.fdiv(builder.fsub(x, vector.splat(builder, base, lanes)), divisor)
+    rounded, zero = vector.nearest(builder, distance), ir.Constant(kind, None)
+    most = vector.splat(builder, top, lanes)
+    rounded = builder.select(builder.fcmp_ordered("<", rounded, most), rounded, most)
+    # An ordered comparison: NaN becomes code 0 here, before the conversion that it would make undefined.
+    rounded = builder.select(builder.fcmp_ordered(">", distance, zero), rounded, zero)
+    rounded = builder.select(vector.splat(builder, flat, lanes), zero, rounded)
+    octets = builder.trunc(builder.fptosi(rounded, ir.VectorType(INT, lanes)), ir.VectorType(BYTE, lanes))
+    if bits == 4:
+        half = lanes // 2
+        even, odd = (
+            builder.shuffle_vector(
+                octets, octets, ir.Constant(ir.VectorType(INT, half), [INT(2 * lane + side) for lane in range(half)])
+            )
+            for side in (0, 1)
+        )
+        octets = builder.or_(even, builder.shl(odd, vector.splat(builder, BYTE(4), half)))
+    return octets, pair

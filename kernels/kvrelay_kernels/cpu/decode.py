@@ -1,4 +1,4 @@
-"""Attention of sequences that bring one new row: straight from the quantized blocks, split along the keys."""
+"""Attention of sequences that are written on, one new row each: straight from the quantized blocks, split along the keys."""
 
 from collections.abc import Callable
 from functools import cache as once
@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, prange
 
 from kvrelay_kernels.cpu.blocks import chunk_of, score_tokens, weigh_values
-from kvrelay_kernels.cpu.products import share
+from kvrelay_kernels.cpu.products import THREADED, share
 from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
@@ -25,9 +25,9 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
     stripes = 2 if bits == 4 else 1
     part = chunk // stripes
 
-    @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+    @njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
     def decode(
-        q: Any, row_starts: Any, lengths: Any, tables: Any, cache: Any, base: int, stride: int, places: Any,
+        q: Any, prompts: Any, row_starts: Any, lengths: Any, tables: Any, cache: Any, base: int, stride: int, places: Any,
         kv_heads: int, window: int, scale: Any, out: Any, tally: Any, threads: int,
     ) -> None:  # fmt: skip
         sequences = len(lengths)
@@ -35,7 +35,7 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
         opens = np.zeros(sequences, np.int64)
         for s in range(sequences):
             tasks = 0
-            if row_starts[s + 1] - row_starts[s] == 1:
+            if not prompts[s]:
                 opens[s] = max(0, lengths[s] - window)
                 tasks = ((lengths[s] - 1) // SPLIT - opens[s] // SPLIT + 1) * kv_heads
                 skipped = opens[s] // BLOCK_TOKENS
@@ -56,8 +56,7 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
             for task in range(first, last):
                 while task >= starts[s + 1]:
                     s += 1
-                splits = (starts[s + 1] - starts[s]) // kv_heads
-                head, split = divmod(task - starts[s], splits)
+                split, head = divmod(task - starts[s], kv_heads)
                 begin = (opens[s] // SPLIT + split) * SPLIT
                 at = (row_starts[s] * kv_heads + head) * heads * dim
                 for number in range(heads * dim // chunk):
@@ -77,20 +76,9 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                         biases = block + places[2] + token * pair
                         target = key - begin + skip
                         score_tokens(
-                            cache,
-                            codes,
-                            scales,
-                            biases,
-                            count,
-                            query,
-                            scores,
-                            target,
-                            SPLIT,
-                            bits,
-                            group,
-                            dim,
-                            heads,
-                        )
+                            cache, codes, scales, biases, count, block + places[3] + token * size, query, scores,
+                            target, SPLIT, bits, group, dim, heads,
+                        )  # fmt: skip
                 for h in range(heads):
                     line = h * SPLIT
                     top = max(largest(scores, line), largest(scores, line + BLOCK_TOKENS)) * scale
@@ -106,36 +94,28 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                         codes, scales = block + places[3] + token * size, block + places[4] + token * pair
                         biases = block + places[5] + token * pair
                         p, target = key - begin + skip, task * heads * dim
+                        ahead = block + places[0] + token * size
+                        if head + 1 < kv_heads:
+                            ahead += BLOCK_TOKENS * size
+                        elif key + SPLIT < lengths[s]:
+                            ahead = base + tables[s, (key + SPLIT) // BLOCK_TOKENS] * stride + places[0]
                         weigh_values(
-                            cache,
-                            codes,
-                            scales,
-                            biases,
-                            count,
-                            scores,
-                            p,
-                            SPLIT,
-                            sums,
-                            target,
-                            bits,
-                            group,
-                            dim,
-                            heads,
-                        )
+                            cache, codes, scales, biases, count, ahead, scores, p, SPLIT, sums, target,
+                            bits, group, dim, heads,
+                        )  # fmt: skip
         merged = np.empty(dim, np.float32)
         for s in range(sequences):
-            splits = (starts[s + 1] - starts[s]) // kv_heads
-            if splits == 0:
+            if starts[s] == starts[s + 1]:
                 continue
             for head in range(kv_heads):
-                first = starts[s] + head * splits
+                first, last = starts[s] + head, starts[s + 1]
                 for h in range(heads):
                     top = tops[first, h]
-                    for task in range(first + 1, first + splits):
+                    for task in range(first + kv_heads, last, kv_heads):
                         top = max(top, tops[task, h])
                     weight = np.float32(0)
                     merged[:] = 0
-                    for task in range(first, first + splits):
+                    for task in range(first, last, kv_heads):
                         share_ = np.float32(np.exp(tops[task, h] - top))
                         weight += share_ * weights[task, h]
                         for i in range(dim):

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, prange
 
 from kvrelay_kernels.cpu.blocks import expand_tokens
-from kvrelay_kernels.cpu.products import multiply, share
+from kvrelay_kernels.cpu.products import THREADED, multiply, share
 from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
@@ -24,7 +24,7 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
     size = dim * bits // 8 if bits else dim
     pair = 2 * (dim // group) if bits else 0
 
-    @njit(parallel=True, nogil=True, cache=True)
+    @njit(parallel=THREADED, nogil=True, cache=True)
     def expand(
         cache: Any, base: int, stride: int, places: Any, table: Any, first: int, length: int, head: int,
         keys: Any, values: Any, threads: int,
@@ -67,7 +67,7 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
     return expand
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
 def attend(
     q: Any, row: int, rows: int, position: int, keys: Any, values: Any, first: int, head: int, group: int, heads: int,
     window: int, scale: Any, out: Any, tally: Any, count_tiles: bool, threads: int,

@@ -15,6 +15,8 @@ MOST_ROWS = 8 if LANES == 16 else 2
 TILE_ROWS = 6
 TILE_LANES = 64 if LANES == 16 else 16
 WIDE = 2 * PANEL
+THREADED = {"prange": True, "setitem": False, "numpy": False, "reduction": False, "comprehension": False}
+"""What `parallel` means here: explicit loops only. Numba would wake its threads for each array filled, too."""
 DEPTH = 128
 """Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
 
@@ -28,7 +30,7 @@ def share(count: int, part: int, parts: int) -> tuple[int, int]:
 def _few(bits: int) -> Callable[..., None]:
     most = MOST_ROWS
 
-    @njit(parallel=True, nogil=True, cache=True)
+    @njit(parallel=THREADED, nogil=True, cache=True)
     def few_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
         rows, columns = x.shape
         panels, width = out.shape[1] // PANEL, out.shape[1]
@@ -221,7 +223,7 @@ def multiply(
 
 
 def _many(bits: int) -> Callable[..., None]:
-    @njit(parallel=True, nogil=True, cache=True)
+    @njit(parallel=THREADED, nogil=True, cache=True)
     def many_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
         rows, columns = x.shape
         width = out.shape[1]

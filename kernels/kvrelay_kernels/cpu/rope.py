@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from kvrelay_kernels.cpu.blocks import quantize_group
-from kvrelay_kernels.cpu.products import share
+from kvrelay_kernels.cpu.blocks import put_token
+from kvrelay_kernels.cpu.products import THREADED, share
 from kvrelay_kernels.cpu.rows import square_sum
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
@@ -32,36 +32,13 @@ def turn(
         out[target + half + i] = b * c + a * s
 
 
-def _put_codes(bits: int, group: int, dim: int) -> Callable[..., None]:
-    size, step, groups = dim * bits // 8, group * bits // 8, dim // group
-
-    @njit(nogil=True, cache=True)
-    def put(values: Any, first: int, cache: Any, block: int, places: Any, index: int) -> None:
-        for number in range(groups):
-            codes = block + places[0] + index * size + number * step
-            pair = 2 * (index * groups + number)
-            scale, bias = block + places[1] + pair, block + places[2] + pair
-            quantize_group(values, first + number * group, cache, codes, scale, bias, bits, group)
-
-    return put
-
-
-def _put_values(dim: int) -> Callable[..., None]:
-    @njit(nogil=True, cache=True)
-    def put(values: Any, first: int, cache: Any, block: int, places: Any, index: int) -> None:
-        start = block + places[0] + index * dim
-        for i in range(dim):
-            cache[start + i] = values[first + i]
-
-    return put
-
-
 @once
 def append_kernel(bits: int, group: int, dim: int, parallel: bool) -> Callable[..., None]:
     """The kernel for one cache format and head dimension."""
-    put = _put_codes(bits, group, dim) if bits else _put_values(dim)
+    size = dim * bits // 8 if bits else dim
+    pair = 2 * (dim // group) if bits else 0
 
-    @njit(parallel=parallel, nogil=True, cache=True)
+    @njit(parallel=parallel and THREADED, nogil=True, cache=True)
     def append(
         qkv: Any, positions: Any, row_starts: Any, tables: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any, eps: Any,
         cache: Any, base: int, stride: int, places: Any, heads: int, kv_heads: int, out: Any, threads: int,
@@ -78,15 +55,19 @@ def append_kernel(bits: int, group: int, dim: int, parallel: bool) -> Callable[.
                 block = base + tables[sequence, position // BLOCK_TOKENS] * stride
                 token = position % BLOCK_TOKENS
                 at, target = row * width, row * heads * dim
-                for head in range(heads):
+                for _ in range(heads):
                     turn(qkv, at, dim, q_norm, eps, cos, sin, position, out, target)
                     at += dim
                     target += dim
                 for head in range(kv_heads):
                     index = head * BLOCK_TOKENS + token
                     turn(qkv, at, dim, k_norm, eps, cos, sin, position, key, 0)
-                    put(key, 0, cache, block, places[:3], index)
-                    put(qkv, at + kv_heads * dim, cache, block, places[3:], index)
+                    codes, scales = block + places[0] + index * size, block + places[1] + index * pair
+                    biases = block + places[2] + index * pair
+                    put_token(key, 0, cache, codes, scales, biases, bits, group, dim)
+                    codes, scales = block + places[3] + index * size, block + places[4] + index * pair
+                    biases = block + places[5] + index * pair
+                    put_token(qkv, at + kv_heads * dim, cache, codes, scales, biases, bits, group, dim)
                     at += dim
 
     return append

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit, prange, types
 
 from kvrelay_kernels.cpu import vector
-from kvrelay_kernels.cpu.products import share
+from kvrelay_kernels.cpu.products import THREADED, share
 from kvrelay_kernels.cpu.tiles import PANEL, affine_at
 from kvrelay_kernels.cpu.vector import FLOAT, Registers, emitted
 
@@ -70,7 +70,7 @@ def gate_lanes(
 
 
 def _norm(parallel: bool) -> Any:
-    @njit(parallel=parallel, nogil=True, cache=True, error_model="numpy")
+    @njit(parallel=parallel and THREADED, nogil=True, cache=True, error_model="numpy")
     def norm(x: Any, weight: Any, eps: Any, out: Any, threads: int) -> None:
         rows, width = x.shape
         for thread in prange(threads):
@@ -84,7 +84,7 @@ def _norm(parallel: bool) -> Any:
 
 
 def _add_norm(parallel: bool) -> Any:
-    @njit(parallel=parallel, nogil=True, cache=True, error_model="numpy")
+    @njit(parallel=parallel and THREADED, nogil=True, cache=True, error_model="numpy")
     def add_norm(x: Any, y: Any, weight: Any, eps: Any, summed: Any, out: Any, threads: int) -> None:
         rows, width = x.shape
         for thread in prange(threads):
@@ -100,7 +100,7 @@ def _add_norm(parallel: bool) -> Any:
 
 
 def _gate(parallel: bool, gelu: bool) -> Any:
-    @njit(parallel=parallel, nogil=True, cache=True)
+    @njit(parallel=parallel and THREADED, nogil=True, cache=True)
     def gate(x: Any, out: Any, threads: int) -> None:
         rows, width = out.shape
         for thread in prange(threads):

@@ -57,6 +57,15 @@ def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
 
 
+def prefetch(builder: Any, pointer: Any, nbytes: int) -> None:
+    """Ask for the cache lines of `nbytes` bytes, to be read soon."""
+    address = builder.bitcast(pointer, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for line in range(0, nbytes, 64):
+        builder.call(function, [builder.gep(address, [INT(line)]), INT(0), INT(3), INT(1)])
+
+
 def splat(builder: Any, value: Any, lanes: int) -> Any:
     """A vector with `value` in every lane."""
     kind = ir.VectorType(value.type, lanes)
@@ -83,17 +92,50 @@ def total(builder: Any, value: Any) -> Any:
     return builder.call(function, [FLOAT(0.0), value], fastmath=("reassoc",))
 
 
+def totals(builder: Any, four: list[Any]) -> Any:
+    """The sums of the lanes of four vectors, as one vector: halves are added, two vectors in one."""
+
+    def shuffled(a: Any, b: Any, order: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), [INT(i) for i in order]))
+
+    def halved(a: Any, b: Any) -> Any:
+        """`[a's halves added | b's halves added]`, as wide as one of them."""
+        n = a.type.count
+        low, high = list(range(n // 2)), list(range(n // 2, n))
+        return builder.fadd(
+            shuffled(a, b, low + [n + i for i in low]), shuffled(a, b, high + [n + i for i in high])
+        )
+
+    def folded(a: Any, pieces: int) -> Any:
+        """The halves of each of `pieces` neighbouring stretches added."""
+        size = a.type.count // pieces
+        low = [piece * size + i for piece in range(pieces) for i in range(size // 2)]
+        return builder.fadd(shuffled(a, a, low), shuffled(a, a, [i + size // 2 for i in low]))
+
+    while four[0].type.count > 16:
+        four = [folded(value, 1) for value in four]
+    pairs = [halved(four[0], four[1]), halved(four[2], four[3])]
+    n = pairs[0].type.count
+    quarters = [piece * (n // 2) + i for piece in range(4) for i in range(n // 4)]
+    result = builder.fadd(
+        shuffled(pairs[0], pairs[1], quarters), shuffled(pairs[0], pairs[1], [i + n // 4 for i in quarters])
+    )
+    while result.type.count > 4:
+        result = folded(result, 4)
+    return result
+
+
 def widen(builder: Any, pointer: Any, lanes: int, bits: int) -> Any:
     """`lanes` codes at `pointer` as float32; of 4-bit codes, first all low nibbles, then all high ones."""
+    # Codes are below 256, so a signed conversion, the one that every processor has, is exact.
     if bits == 8:
-        codes = load(builder, pointer, lanes, BYTE)
-        return builder.uitofp(builder.zext(codes, ir.VectorType(INT, lanes)), ir.VectorType(FLOAT, lanes))
+        codes = builder.zext(load(builder, pointer, lanes, BYTE), ir.VectorType(INT, lanes))
+        return builder.sitofp(codes, ir.VectorType(FLOAT, lanes))
     half = ir.VectorType(INT, lanes // 2)
     octets = builder.zext(load(builder, pointer, lanes // 2, BYTE), half)
     low = builder.and_(octets, splat(builder, INT(15), lanes // 2))
     high = builder.lshr(octets, splat(builder, INT(4), lanes // 2))
     order = ir.Constant(ir.VectorType(INT, lanes), [INT(i) for i in range(lanes)])
-    # Codes are below 256, so a signed conversion, the one that every processor has, is exact.
     return builder.sitofp(builder.shuffle_vector(low, high, order), ir.VectorType(FLOAT, lanes))
 
 

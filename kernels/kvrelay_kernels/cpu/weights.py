@@ -57,7 +57,7 @@ def _panels(rows: NDArray[Any], panels: int) -> NDArray[Any]:
     """`[rows, n]` as `[panels, n, PANEL]`, zeros below the last row."""
     packed = aligned((panels, rows.shape[1], PANEL), rows.dtype, zero=True)
     full = len(rows) // PANEL
-    packed[:full] = rows[: full * PANEL].reshape(full, PANEL, -1).transpose(0, 2, 1)
+    packed[:full] = rows[: full * PANEL].reshape(full, PANEL, rows.shape[1]).transpose(0, 2, 1)
     if len(rows) % PANEL:
         packed[full, :, : len(rows) % PANEL] = rows[full * PANEL :].T
     return packed

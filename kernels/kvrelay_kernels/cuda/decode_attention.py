@@ -1,6 +1,6 @@
 """Launcher of the split-K decode attention kernel (`sources/decode_attention.cu`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,9 @@ from kvrelay_kernels.quant import BlockLayout
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS = 32
+SHARED_BYTES = 227 * 1024 - 1024
+"""Dynamic shared memory a thread block can have, from compute capability 9.0 on (8.0 has 163 KiB)."""
+
 LOG2_E = 1.4426950408889634
 
 Element16 = Literal["float16", "bfloat16"]
@@ -28,6 +31,12 @@ class LaunchShape:
     """Tokens of one step of a warp."""
     blocks_per_sm: int = 1
     """Thread blocks wanted on one multiprocessor; fewer run where shared memory or registers do not allow them."""
+    small_from: int = 48
+    """Units (one block of one KV head) a thread block from which on small ranges are handed out while running."""
+    large_parts: tuple[int, int] = (512, 320)
+    """What the two large ranges of each thread block take, in 1024ths; small ranges take the rest."""
+    small_ranges: int = 8
+    """Small ranges a thread block."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class DecodeProblem:
             "BLOCKS_PER_SM": shape.blocks_per_sm,
         }
 
-    def shared_bytes(self, shape: LaunchShape, sequences: int) -> int:
+    def shared_bytes(self, shape: LaunchShape) -> int:
         """Dynamic shared memory of a thread block; mirrors `decode_shape.cuh`."""
         fmt, dim = self.layout.format, self.spec.head_dim
         row = dim * (fmt.bits or 16) // 8
@@ -99,13 +108,14 @@ class DecodeProblem:
         scales = 4 * 2 * dim // fmt.group if fmt.quantized else 0
         ring = shape.warps * shape.stages * shape.tile * (2 * pitch + scales)
         area = shape.warps * min(self.queries, self.query_tile) * (dim + 4) * 4
-        return ring + area + 2 * shape.warps * self.query_tile * 4 + 4 * (2 * sequences + 1)
+        return ring + area + 2 * shape.warps * self.query_tile * 4 + 8
 
 
 class DecodeAttention:
     """Attention of a few query rows a sequence over a paged cache. One instance a problem; owns its workspace.
 
-    The workspace is sized for `sequences`; a call allocates nothing, so that it can be captured in a graph.
+    A step calls `plan` once and then the instance for each layer. The workspace is sized for `sequences`; neither
+    call allocates or waits, so both can be captured in a graph.
     """
 
     def __init__(
@@ -119,44 +129,73 @@ class DecodeAttention:
         from cupy.cuda import driver
 
         self.problem, self.sequences = problem, sequences
-        self.shape = shape or launch_shape(problem)
-        self._shared = problem.shared_bytes(self.shape, sequences)
-        key = KernelKey.of("decode_attention", problem.constants(self.shape), device_arch())
+        self.shape = shape = shape or launch_shape(problem)
+        self._shared = problem.shared_bytes(shape)
+        arch = device_arch()
+        self._plan_kernel = kernels.load(KernelKey.of("decode_plan", {}, arch), 4 * (sequences + 1))
+        key = KernelKey.of("decode_attention", problem.constants(shape), arch)
         self._kernel = kernels.load(key, self._shared)
-        threads = 32 * self.shape.warps
+        threads = 32 * shape.warps
         fitting = driver.occupancyMaxActiveBlocksPerMultiprocessor(self._kernel.ptr, threads, self._shared)
         if fitting == 0:
-            raise FormatUnsupported(f"{self.shape} needs {self._shared} bytes of shared memory")
+            raise FormatUnsupported(f"{shape} needs {self._shared} bytes of shared memory")
         processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
-        self.blocks = processors * min(fitting, self.shape.blocks_per_sm)
-        tile, dim = problem.query_tile, problem.spec.head_dim
-        self._partials = cupy.empty((2 * self.blocks, tile, dim), np.float32)
-        self._stats = cupy.empty((2 * self.blocks, tile, 2), np.float32)
-        self._arrivals = cupy.zeros((sequences, problem.spec.kv_heads, problem.query_tiles), np.int32)
+        self.blocks = processors * min(fitting, shape.blocks_per_sm)
+        self._ranges = self.blocks * (2 + shape.small_ranges)
+        self._heads = problem.spec.kv_heads * problem.query_tiles
+        slots = self._ranges + sequences * self._heads
+        queries = min(problem.queries, problem.query_tile)
+        self._partials = cupy.empty((slots, queries, problem.spec.head_dim), np.float32)
+        self._stats = cupy.empty((slots, queries, 2), np.float32)
+        self._arrivals = cupy.zeros(1 + sequences * self._heads, np.uint32)
+        self._plan = cupy.zeros(4 + 8 * slots + sequences, np.int32)
+        self._planned = 0
 
-    def __call__(self, q: Any, cache: Any, tables: Any, lengths: Any, out: Any) -> None:
-        """Write attention of `q` over `cache` to `out`, on CuPy's current stream.
+    def plan(self, lengths: Any) -> None:
+        """Divide the work of a step's batch, on CuPy's current stream.
+
+        Args:
+            lengths: `[sequences]` int32 on the device, the query rows included; 0 for a slot that is free,
+                whose output is zero.
+        """
+        if lengths.shape[0] > self.sequences:
+            raise ValueError(f"{lengths.shape[0]} sequences do not fit a workspace for {self.sequences}")
+        self._planned = lengths.shape[0]
+        first, second = self.shape.large_parts
+        args = (
+            lengths, *map(np.int32, (
+                self._planned, self.problem.rows, self.problem.spec.window or 0, self._heads, self.blocks,
+                self._ranges, self.shape.small_from, first, second,
+            )), self._plan,
+        )  # fmt: skip
+        self._plan_kernel((1,), (512,), args, shared_mem=4 * (self._planned + 1))
+
+    def __call__(self, q: Any, cache: Any, tables: Any, out: Any) -> None:
+        """Write attention of `q` over `cache` to `out`, on CuPy's current stream, as planned.
 
         Args:
             q: `[sequences * rows, heads, head_dim]`, contiguous, 16-bit; row r of a sequence is its token
                 `lengths - rows + r`.
             cache: one layer of the arena, `[blocks, block_bytes]` uint8.
             tables: `[sequences, n]` int32, arena blocks in order; entries past a sequence's length are not read.
-            lengths: `[sequences]` int32 on the device; 0 for a slot that is free, whose output is zero.
             out: as `q`.
         """
-        sequences = lengths.shape[0]
-        if sequences > self.sequences:
-            raise ValueError(f"{sequences} sequences do not fit a workspace for {self.sequences}")
         args = (
-            q, cache, tables, lengths, out,
-            self._partials, self._stats, self._arrivals,
-            np.int32(tables.strides[0] // 4), np.int32(sequences),
+            q, cache, tables, self._plan, out, self._partials, self._stats, self._arrivals,
+            np.int32(tables.strides[0] // 4), np.int32(self._ranges), np.int32(self._planned),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
         )  # fmt: skip
         self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
 
 
 def launch_shape(problem: DecodeProblem) -> LaunchShape:
-    """The measured choice for a problem (docs/kernels.md holds the sweep)."""
-    return LaunchShape(warps=4 if problem.spec.head_dim == 256 else 8, stages=3 if problem.layout.format.bits == 0 else 4)
+    """The measured choice for a problem (docs/kernels.md holds the sweep), fitted into shared memory."""
+    shape = LaunchShape(warps=8, stages=2, tile=32) if problem.layout.format.quantized else LaunchShape(stages=3)
+    while problem.shared_bytes(shape) > SHARED_BYTES:
+        if shape.stages > 2:
+            shape = replace(shape, stages=shape.stages - 1)
+        elif shape.tile > 16:
+            shape = replace(shape, tile=16, stages=4)
+        else:
+            shape = replace(shape, warps=shape.warps - 1, stages=4)
+    return shape

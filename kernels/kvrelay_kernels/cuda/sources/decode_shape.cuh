@@ -33,6 +33,7 @@ constexpr int query_halves = query_tile / 8;
 constexpr int queries = rows * heads_per_kv;
 constexpr int query_tiles = (queries + query_tile - 1) / query_tile;
 constexpr int tile_queries = queries < query_tile ? queries : query_tile;
+constexpr int subtiles = tile / 16;
 constexpr int tiles_per_block = block_tokens / tile;
 
 // A stage: K rows, V rows, then K scales, K biases, V scales, V biases of one tile.
@@ -46,7 +47,7 @@ constexpr int area_bytes = warps * tile_queries * area_pitch * 4;
 constexpr int area_at = warps * stages * stage_bytes;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
-constexpr int firsts_at = sums_at + warps * query_tile * 4;
+constexpr int claim_at = sums_at + warps * query_tile * 4;
 static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && row_bytes % 16 == 0);
 
 // The head dimension that row `lane / 4` of output step `step` stands for, and the distance to row `lane / 4 + 8`.

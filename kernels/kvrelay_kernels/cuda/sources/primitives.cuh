@@ -126,16 +126,6 @@ DEVICE u32 pack(float low, float high) {
     return r;
 }
 
-// a / b for 0 <= a < 2^24, 0 < b: the compiler's own division costs a few hundred cycles before the first load.
-DEVICE int divide(int a, int b) {
-    float reciprocal;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(b)));
-    int quotient = static_cast<int>(static_cast<float>(a) * reciprocal);
-    while (quotient * b > a) quotient--;
-    while (a - quotient * b >= b) quotient++;
-    return quotient;
-}
-
 // Calls f(Count<0>()), f(Count<1>()), ...: loops whose counter is a constant for templates and assembly.
 template <int i>
 struct Count {
@@ -150,6 +140,11 @@ DEVICE void repeat(F f) {
 }
 
 // Reads of what other blocks of the same launch wrote: past the first-level cache.
+DEVICE float4 load_fresh(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
 DEVICE float2 load_fresh(const float2* p) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");

@@ -1,7 +1,9 @@
-// Who does what: all (sequence, head, block) units of a batch in one row, cut into equal ranges, one a thread block.
+// Who does what, decided once a step by `decode_plan` and read by every layer's attention.
 //
-// A range may begin or end inside a head's blocks; the pieces of such a head are partial results that the last thread
-// block to arrive adds up in order, so that the outcome does not depend on who that was.
+// All (sequence, head, block) units of a batch lie in one row, which is cut into ranges. Thread block c works on range
+// c, then on range c + blocks, then on whatever small range is left: multiprocessors differ in speed by a quarter, and
+// equal shares would wait for the slowest. The cut itself depends on lengths alone, and so do the results: a head that
+// lies in several ranges is added up in their order, by whichever thread block arrives last.
 #pragma once
 #include "primitives.cuh"
 
@@ -9,20 +11,27 @@ struct Range {
     int begin, end;
 };
 
-// Unit ranges differ by one unit at most; `share` is the smaller size, the first `extra` ranges have one more.
-struct Cut {
-    int share, extra;
-
-    DEVICE Cut(int units, int ranges) : share(divide(units, ranges)), extra(units - share * ranges) {}
-    DEVICE Range range(int index) const {
-        const int begin = index * share + min(index, extra);
-        return {begin, begin + share + (index < extra)};
-    }
-    DEVICE int owner(int unit) const {
-        const int wide = extra * (share + 1);
-        return unit < wide ? divide(unit, share + 1) : extra + divide(unit - wide, share);
-    }
+// What one range has of one head.
+struct __align__(16) Piece {
+    int sequence, head;           // head: kv head * query tiles + query tile
+    int length, first_block;      // of the sequence; the first of the piece's blocks in it
+    int blocks;                   // 0: there is nothing (more) to do
+    int first_range, pieces;      // ranges that share this head: pieces of them from first_range on
+    int next;                     // the range's next piece, or -1
 };
+
+// The plan: a header, then the first piece of each range, then a piece for each head that begins inside a range.
+struct __align__(16) Header {
+    int small_ranges;  // ranges that are handed out while running
+    int empty;         // sequences without tokens; the list of them follows the pieces
+    int units, unused;
+};
+
+DEVICE Piece load_piece(const Header* plan, int index) {
+    const int4* from = reinterpret_cast<const int4*>(plan + 1) + 2 * index;
+    const int4 a = __ldg(from), b = __ldg(from + 1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
 
 // Blocks that the queries of a sequence see: from the first key of the first row's window to the last key.
 DEVICE Range visible_blocks(int length, int rows, int window, int block_tokens) {
@@ -30,35 +39,18 @@ DEVICE Range visible_blocks(int length, int rows, int window, int block_tokens) 
     return {first / block_tokens, (length + block_tokens - 1) / block_tokens};
 }
 
-// firsts[s] = units before sequence s, with the total at the end, and a copy of the lengths; one warp.
-DEVICE void count_units(int* firsts, int* near_lengths, const int* lengths, int sequences,
-                        int rows, int window, int tokens, int heads) {
-    const int lane = threadIdx.x & 31;
-    int total = 0;
-    for (int base = 0; base < sequences; base += 32) {
-        const int s = base + lane;
-        const int length = s < sequences ? lengths[s] : 0;
-        const Range blocks = visible_blocks(length, rows, window, tokens);
-        int sum = s < sequences ? (blocks.end - blocks.begin) * heads : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            const int before = __shfl_up_sync(every_lane, sum, step);
-            sum += lane >= step ? before : 0;
-        }
-        if (s < sequences) firsts[s + 1] = total + sum, near_lengths[s] = length;
-        total += __shfl_sync(every_lane, sum, 31);
-    }
-    if (lane == 0) firsts[0] = 0;
-}
+// `units` units from `start` on in `ranges` almost equal ranges; the first `extra` have one unit more.
+struct Cut {
+    int start, ranges, share, extra;
 
-// The sequence that unit belongs to: a warp looks at 32 sequences at once.
-DEVICE int find_sequence(const int* firsts, int sequences, int unit) {
-    const int lane = threadIdx.x & 31;
-    int found = 0;
-    for (int base = 0; base < sequences; base += 32) {
-        const int s = base + lane;
-        const u32 past = __ballot_sync(every_lane, s < sequences && firsts[s + 1] <= unit);
-        found += __popc(past);
-        if (past != every_lane) break;
+    DEVICE Cut(int start, int units, int ranges)
+        : start(start), ranges(ranges), share(ranges ? units / ranges : 0), extra(ranges ? units % ranges : 0) {}
+    DEVICE Range range(int index) const {
+        const int begin = start + index * share + min(index, extra);
+        return {begin, begin + share + (index < extra)};
     }
-    return found;
-}
+    DEVICE int owner(int unit) const {
+        const int wide = extra * (share + 1), within = unit - start;
+        return within < wide ? within / (share + 1) : extra + (within - wide) / share;
+    }
+};
