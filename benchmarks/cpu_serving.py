@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, Clock, Weather, cores, provenance, result_path, wait_until_quiet
+from benchmarks.machine import ROOT, Clock, Weather, cores, provenance, result_path, wait_until_quiet, write
 from benchmarks.real_text import SOURCE, real_tokens, stretch
 from benchmarks.serving_client import SETTLE_SECONDS, ServingClient, open_channel
 from control_plane.commands.session import running
@@ -105,18 +105,19 @@ class Bench:
         await self._client.one(self.prompt(DECODE_AFTER), self._args.decode_tokens)
         await self._client.side_by_side(self.prompts(), self._args.decode_tokens)
 
-    async def run(self) -> None:
-        """All cases, round after round, so that each meets all of the day's weather."""
+    async def run(self, keep: Callable[[], None]) -> None:
+        """All cases, round after round, so that all meet the same weather; `keep` is called after each."""
         for number in range(self._args.trials):
             for length in PROMPTS:
                 await self._repeat(f"prompt {length}", number, partial(self._prompt, length))
             await self._repeat(f"{STREAMS} streams", number, self._streams)
             await self._repeat("hand-over", number, self._handover)
+            keep()
 
     async def _repeat(self, case: str, number: int, measure: Callable[[int], Awaitable[Trial]]) -> None:
         """Measure, and once more as long as others disturb."""
         for _ in range(1 + self._args.repeats):
-            before, waited = await asyncio.to_thread(wait_until_quiet, self._args.quiet)
+            before, waited = await asyncio.to_thread(wait_until_quiet, self._args.quiet, self._args.patience)
             begin = Clock.now()
             trial = await measure(number)
             trial.case, trial.before, trial.waited_seconds = case, before, waited
@@ -261,6 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="of a disturbed trial")
     parser.add_argument("--quiet", type=float, default=0.1, help="cores that others may use")
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for that")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--peer-streams", action="store_true", help="the peer decodes them, too")
@@ -268,15 +270,31 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def measure(address: str, args: argparse.Namespace) -> Bench:
-    """All trials on the system at an address."""
+async def measure(address: str, config: KvrelayConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All trials on the system at an address; the result is written after each round. Returns the goals."""
     cache = default_cache_dir()
     tokens = real_tokens(load_tokenizer(load_model(resolve(args.model, cache), cache), cache))
     async with open_channel(address) as channel:
         bench = Bench(ServingClient(channel), tokens, args)
         await bench.warm()
-        await bench.run()
-    return bench
+        await bench.run(lambda: write(report(bench, config, args), args.out))
+    return judged(bench.summary())
+
+
+def report(bench: Bench, config: KvrelayConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """All that was measured so far."""
+    settings = ("model", "weights", "kv_format", "transport", "threads", "decode_tokens", "quiet", "seed")
+    summary = bench.summary()
+    return {
+        **provenance(),
+        "peer": None if args.peer_python is None else _peer_version(args.peer_python),
+        "settings": {name: getattr(args, name) for name in settings},
+        "text": SOURCE,
+        "chunk_tokens": config.prefill.chunk_tokens,
+        "goals": judged(summary),
+        "summary": summary,
+        "trials": [asdict(trial) for trial in bench.trials],
+    }
 
 
 def main() -> None:
@@ -294,22 +312,7 @@ def main() -> None:
     }
     config: KvrelayConfig = load(flags)
     with running(config, verbose=False) as address:
-        bench = asyncio.run(measure(address, args))
-    summary = bench.summary()
-    goals = judged(summary)
-    settings = ("model", "weights", "kv_format", "transport", "threads", "decode_tokens", "quiet", "seed")
-    report = {
-        **provenance(),
-        "peer": None if args.peer_python is None else _peer_version(args.peer_python),
-        "settings": {name: getattr(args, name) for name in settings},
-        "text": SOURCE,
-        "chunk_tokens": config.prefill.chunk_tokens,
-        "goals": goals,
-        "summary": summary,
-        "trials": [asdict(trial) for trial in bench.trials],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(_rounded(report), indent=2) + "\n", encoding="utf-8")
+        goals = asyncio.run(measure(address, config, args))
     show(goals)
 
 
@@ -317,14 +320,6 @@ def _peer_version(python: Path) -> str:
     command = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return f"llama.cpp (llama-cpp-python {done.stdout.strip()})"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ positions.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import cores, provenance, result_path
+from benchmarks.machine import cores, provenance, result_path, write
 from benchmarks.real_text import SOURCE, real_tokens
 from kvrelay_kernels.interface import Arena, StepBatch, WeightMode
 from kvrelay_kernels.quant import BLOCK_TOKENS
@@ -172,8 +171,7 @@ def main() -> int:
         },
         "results": results,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, args.out)
     show(results)
     for fault in faults:
         print(f"FAIL {fault}")

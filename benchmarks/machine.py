@@ -1,6 +1,7 @@
 """What a result says of where and on what it was measured, and how busy the machine was with other things."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -82,7 +83,7 @@ class Weather:
         return self.others + self.stolen
 
 
-def wait_until_quiet(limit: float, seconds: float = 2.0, patience: float = 900.0) -> tuple[Weather, float]:
+def wait_until_quiet(limit: float, patience: float, seconds: float = 2.0) -> tuple[Weather, float]:
     """Wait until others take fewer than `limit` cores for `seconds`; gives the weather and the time waited.
 
     After `patience` seconds it goes on all the same: the weather tells.
@@ -95,6 +96,20 @@ def wait_until_quiet(limit: float, seconds: float = 2.0, patience: float = 900.0
         waited = time.perf_counter() - since
         if weather.disturbance < limit or waited > patience:
             return weather, round(waited - seconds, 1)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Keep a result, its numbers to five digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(result), indent=2) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _own_ticks() -> int:

@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,8 @@ OBJECT_STORE_BYTES = 96 * 1024 * 1024
 SOCKET_PATH_BYTES = 100
 """Longest path of a Unix socket that Linux (107) and macOS (103) both take, with a margin."""
 
-SESSION_PATH_BYTES = 64
-"""Length of `/session_<date>_<time>_<pid>/sockets/plasma_store`."""
+SESSION_PATH_BYTES = 72
+"""Length of `/ray/session_<date>_<time>_<pid>/sockets/plasma_store`."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Cluster:
             BadSetup: the cluster cannot be reached, or its processes did not start.
         """
         address = self._config.ray.address
+        on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             if address is None:
                 self._embed()
@@ -55,6 +57,12 @@ class Cluster:
             self.stop()
             where = "an embedded Ray cluster" if address is None else f"the Ray cluster at {address}"
             raise BadSetup(f"{where} is not usable: {_first_line(error)}") from error
+        except SystemExit as end:
+            # Of Ray's own handler, which would make it the exit code of a program that ends with 15.
+            raise SystemExit(128 + signal.SIGTERM if end.code == signal.SIGTERM else end.code) from None
+        finally:
+            # Ray puts a handler of its own in its place.
+            signal.signal(signal.SIGTERM, on_terminate)
 
     def resources_for(self, pool: str) -> Mapping[str, float]:
         """One unit of the pool's own logical resource, where the cluster has such."""
@@ -76,7 +84,7 @@ class Cluster:
         num_cpus = self._config.ray.num_cpus
         if num_cpus is None:
             num_cpus = cores() if any(pool.cpus for pool in pools) else 0
-        self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-", dir=_short_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-ray-", dir=_short_folder()))
         # Ray takes these from the environment of the process that starts it, and nowhere else.
         os.environ.update(
             {
@@ -95,14 +103,15 @@ class Cluster:
             include_dashboard=False,
             log_to_driver=self._verbose,
             logging_level=self._level,
-            _temp_dir=str(self._folder),
+            # One further down: Ray opens its folder to everyone, and mkdtemp's is for its owner only.
+            _temp_dir=str(self._folder / "ray"),
         )
 
 
 def _short_folder() -> str:
     """The temporary folder, unless sockets inside it would have too long a path."""
     folder = tempfile.gettempdir()
-    room = SOCKET_PATH_BYTES - SESSION_PATH_BYTES - len("/kvrelay-12345678")
+    room = SOCKET_PATH_BYTES - SESSION_PATH_BYTES - len("/kvrelay-ray-12345678")
     return folder if len(os.fsencode(folder)) <= room else "/tmp"
 
 

@@ -30,8 +30,9 @@ def run(cupy: Any, kernels: KernelCache, problem: DecodeProblem, cache: PagedCac
     """The kernel's output as float32, from a poisoned buffer."""
     operation = DecodeAttention(problem, len(cache.lengths), kernels)
     out = cupy.full(q.shape, 0xFFFF, np.uint16)
+    operation.attach(cupy.asarray(np.stack([np.full_like(cache.arena, 0xFF), cache.arena])))
     operation.plan(cupy.asarray(cache.lengths))
-    operation(cupy.asarray(q.view(np.uint16)), cupy.asarray(cache.arena), cupy.asarray(cache.tables), out)
+    operation(cupy.asarray(q.view(np.uint16)), 1, cupy.asarray(cache.tables), out)
     return out.get().view(q.dtype).astype(np.float32)
 
 

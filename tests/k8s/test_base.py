@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from control_plane.cli import app
+from control_plane.app import app
 from control_plane.config import KvrelayConfig, load
 from tests.k8s.ray_cluster import RAY_CLUSTER
 from tests.k8s.rendering import BASE, Manifest, pod_specs, render
@@ -43,7 +43,9 @@ def by_name(manifests: list[Manifest]) -> list[Manifest]:
     return sorted(manifests, key=lambda one: (one["kind"], one["metadata"]["name"]))
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here; our own rendering is tested below")
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="no kubectl here; our own rendering is tested below"
+)
 def test_kubectl_renders_the_same(manifests: list[Manifest]) -> None:
     printed = subprocess.run(["kubectl", "kustomize", str(BASE)], check=True, capture_output=True, text=True)
     assert by_name(list(yaml.safe_load_all(printed.stdout))) == by_name(manifests)
@@ -63,7 +65,9 @@ def test_the_ray_cluster_fits_its_schema_and_its_pods_those_of_kubernetes(manife
         kubernetes_validate.validate(pod, "1.33", strict=True)
 
 
-def test_a_worker_group_offers_what_its_pool_asks_for(manifests: list[Manifest], config: KvrelayConfig) -> None:
+def test_a_worker_group_offers_what_its_pool_asks_for(
+    manifests: list[Manifest], config: KvrelayConfig
+) -> None:
     (cluster,) = (one for one in manifests if one["kind"] == "RayCluster")
     offered = {
         # The operator pastes the value into a shell command.
@@ -94,7 +98,9 @@ def test_every_command_is_one_that_kvrelay_parses(manifests: list[Manifest]) -> 
         sub.make_context("serve", rest, parent=context)
 
 
-def test_addresses_name_services_and_ports_that_are_there(manifests: list[Manifest], config: KvrelayConfig) -> None:
+def test_addresses_name_services_and_ports_that_are_there(
+    manifests: list[Manifest], config: KvrelayConfig
+) -> None:
     services = {
         f"{one['metadata']['name']}:{port['port']}"
         for one in manifests
@@ -133,12 +139,16 @@ def test_pods_run_without_root_and_without_service_links(manifests: list[Manifes
 def test_the_image_is_this_version_everywhere(manifests: list[Manifest]) -> None:
     images = {container["image"] for _, _, spec in pod_specs(manifests) for container in spec["containers"]}
     version = next(
-        line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version")
+        line.split('"')[1]
+        for line in (ROOT / "pyproject.toml").read_text().splitlines()
+        if line.startswith("version")
     )
     assert {image for image in images if image.startswith("kvrelay")} == {f"kvrelay:{version}"}
 
 
 def test_the_image_holds_every_room() -> None:
-    copied = {line.split()[1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")}
+    copied = {
+        line.split()[1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
+    }
     rooms = {path.parent.name for path in ROOT.glob("*_*/__init__.py")} | {"kernels", "proto"}
     assert rooms <= copied, Path("Dockerfile")

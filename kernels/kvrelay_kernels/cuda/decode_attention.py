@@ -6,9 +6,10 @@ from typing import Any, Literal
 import numpy as np
 
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
+from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, tensor_map
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec
-from kvrelay_kernels.quant import BlockLayout
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS = 32
@@ -104,17 +105,16 @@ class DecodeProblem:
         """Dynamic shared memory of a thread block; mirrors `decode_shape.cuh`."""
         fmt, dim = self.layout.format, self.spec.head_dim
         row = dim * (fmt.bits or 16) // 8
-        pitch = row if row // 16 % 2 else row + 16
         scales = 4 * 2 * dim // fmt.group if fmt.quantized else 0
-        ring = shape.warps * shape.stages * shape.tile * (2 * pitch + scales)
+        ring = shape.warps * shape.stages * (shape.tile * (2 * row + scales) + 8) + 8
         area = shape.warps * min(self.queries, self.query_tile) * (dim + 4) * 4
-        return ring + area + 2 * shape.warps * self.query_tile * 4 + 8
+        return ring + area + 2 * shape.warps * self.query_tile * 4 + 16
 
 
 class DecodeAttention:
     """Attention of a few query rows a sequence over a paged cache. One instance a problem; owns its workspace.
 
-    A step calls `plan` once and then the instance for each layer. The workspace is sized for `sequences`; neither
+    `attach` comes first; then a step calls `plan` once and the instance for each layer. The workspace is sized for `sequences`; neither
     call allocates or waits, so both can be captured in a graph.
     """
 
@@ -150,6 +150,17 @@ class DecodeAttention:
         self._arrivals = cupy.zeros(1 + sequences * self._heads, np.uint32)
         self._plan = cupy.zeros(4 + 8 * slots + sequences, np.int32)
         self._planned = 0
+        self._arena: Any = None
+        self._map: Any = None
+
+    def attach(self, arena: Any) -> None:
+        """Take `arena`, `[layers, blocks, block_bytes]` uint8 and contiguous, as the cache to read."""
+        layout = self.problem.layout
+        if arena.ndim != 3 or arena.shape[2] != layout.block_bytes:
+            raise ValueError(f"an arena of {layout} is [layers, blocks, {layout.block_bytes}], not {arena.shape}")
+        box = self.shape.tile * layout.frames[0].nbytes // (BLOCK_TOKENS * layout.kv_heads) // ROW_BYTES
+        self._map = tensor_map(arena.data.ptr, arena.nbytes, box)
+        self._arena = arena
 
     def plan(self, lengths: Any) -> None:
         """Divide the work of a step's batch, on CuPy's current stream.
@@ -170,18 +181,20 @@ class DecodeAttention:
         )  # fmt: skip
         self._plan_kernel((1,), (512,), args, shared_mem=4 * (self._planned + 1))
 
-    def __call__(self, q: Any, cache: Any, tables: Any, out: Any) -> None:
-        """Write attention of `q` over `cache` to `out`, on CuPy's current stream, as planned.
+    def __call__(self, q: Any, layer: int, tables: Any, out: Any) -> None:
+        """Write attention of `q` over a layer of the arena to `out`, on CuPy's current stream, as planned.
 
         Args:
             q: `[sequences * rows, heads, head_dim]`, contiguous, 16-bit; row r of a sequence is its token
                 `lengths - rows + r`.
-            cache: one layer of the arena, `[blocks, block_bytes]` uint8.
+            layer: whose keys and values to read.
             tables: `[sequences, n]` int32, arena blocks in order; entries past a sequence's length are not read.
             out: as `q`.
         """
+        layer_bytes = self._arena.shape[1] * self._arena.shape[2]
         args = (
-            q, cache, tables, self._plan, out, self._partials, self._stats, self._arrivals,
+            q, self._map, self._arena.data.ptr + layer * layer_bytes, np.int32(layer * layer_bytes // ROW_BYTES),
+            tables, self._plan, out, self._partials, self._stats, self._arrivals,
             np.int32(tables.strides[0] // 4), np.int32(self._ranges), np.int32(self._planned),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
         )  # fmt: skip
@@ -190,12 +203,14 @@ class DecodeAttention:
 
 def launch_shape(problem: DecodeProblem) -> LaunchShape:
     """The measured choice for a problem (docs/kernels.md holds the sweep), fitted into shared memory."""
-    shape = LaunchShape(warps=8, stages=2, tile=32) if problem.layout.format.quantized else LaunchShape(stages=3)
+    bits = problem.layout.format.bits or 16
+    row_bytes = problem.spec.head_dim * bits // 8
+    # A box of the copy engine begins at a multiple of 1024 bytes.
+    tile = next(tile for tile in (16, 32, 64) if tile * row_bytes >= 2048 and tile * row_bytes % 1024 == 0)
+    shape = LaunchShape(warps=8, stages=3, tile=tile)
     while problem.shared_bytes(shape) > SHARED_BYTES:
         if shape.stages > 2:
             shape = replace(shape, stages=shape.stages - 1)
-        elif shape.tile > 16:
-            shape = replace(shape, tile=16, stages=4)
         else:
-            shape = replace(shape, warps=shape.warps - 1, stages=4)
+            shape = replace(shape, warps=shape.warps - 1, stages=3)
     return shape

@@ -5,7 +5,7 @@
 // at the end of a piece. Heads that lie in several pieces are added up by the last thread block to arrive.
 #include "decode_softmax.cuh"
 
-extern __shared__ __align__(128) u8 memory[];
+extern __shared__ __align__(1024) u8 memory[];
 
 struct Meeting {
     float* area;   // [warps, tile_queries, area_pitch]
@@ -99,7 +99,7 @@ DEVICE void conclude(const Arguments& a, const Work& s, int range, const Meeting
             a.stats[slot * tile_queries + query] = {peak, sum};
         }
     });
-    __shared__ bool arrived_last;
+    int& arrived_last = *reinterpret_cast<int*>(memory + claim_at + 8);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
@@ -116,11 +116,12 @@ DEVICE void conclude(const Arguments& a, const Work& s, int range, const Meeting
 }
 
 extern "C" __global__ void __launch_bounds__(warps * 32, BLOCKS_PER_SM)
-decode_attention(const u16* q, const u8* cache, const int* tables, const Header* plan, u16* out, float* partials,
+decode_attention(const u16* q, const void* map, const u8* cache, int cache_row, const int* tables, const Header* plan, u16* out, float* partials,
                  float2* stats, u32* arrivals, int table_stride, int max_ranges, int sequences, float scale_log2,
                  int window) {
-    const Arguments a{q,        cache,        tables,     plan,  out,   partials, stats,
-                      arrivals, table_stride, max_ranges, coded ? scale_log2 * code_units : scale_log2, window};
+    const Arguments a{q,     map,      cache,        cache_row,  tables, plan, out, partials,
+                      stats, arrivals, table_stride, max_ranges, coded ? scale_log2 * code_units : scale_log2, window};
+    if (threadIdx.x == 0) prefetch_map(map);
     const int warp = threadIdx.x / 32, blocks = gridDim.x;
     const Meeting at{reinterpret_cast<float*>(memory + area_at), reinterpret_cast<float*>(memory + peaks_at),
                      reinterpret_cast<float*>(memory + sums_at)};
@@ -139,8 +140,7 @@ decode_attention(const u16* q, const u8* cache, const int* tables, const Header*
 
     // Ranges: the one in work, the next one, and the one after that, which is claimed while the first is in work.
     int range = blockIdx.x, next_range = small_ranges ? range + blocks : -1;
-    Feed feed;
-    feed.ring = shared_address(memory) + warp * stages * stage_bytes;
+    Feed feed(shared_address(memory), warp);
     Softmax softmax;
     Work work(piece);
     softmax.fetch(a, work);
@@ -158,11 +158,11 @@ decode_attention(const u16* q, const u8* cache, const int* tables, const Header*
             claimed = n < small_ranges ? 2 * blocks + n : -1;
         }
         for (int n = warp; n < work.tiles; n += warps) {
-            wait_copies<stages - 2>();
-            __syncwarp();
+            const int key0 = work.piece.first_block * block_tokens + n * tile;
+            feed.wait(work.piece.length - key0);
             feed.advance(a, work);
-            softmax.attend(a, work, feed.ring + feed.drain, work.piece.first_block * block_tokens + n * tile);
-            feed.drain = feed.drain + stage_bytes == stages * stage_bytes ? 0 : feed.drain + stage_bytes;
+            softmax.attend(a, work, feed.stage(), feed.stage_scales(), key0);
+            feed.release();
         }
         __syncwarp();
         const Work done = work;

@@ -5,7 +5,9 @@
 
 struct Arguments {
     const u16* q;        // [sequences * rows, kv_heads * heads_per_kv, head_dim]
+    const void* map;     // of the whole arena as rows of 128 bytes, for the copy engine
     const u8* cache;     // one layer of the arena: [blocks, block_bytes]
+    int cache_row;       // of 128 bytes: where that layer begins in the arena
     const int* tables;   // [sequences, table_stride]
     const Header* plan;  // what decode_plan wrote
     u16* out;            // as q
@@ -30,72 +32,69 @@ struct Work {
 
 // Asynchronous copies of this warp's tiles, `stages - 1` ahead of their use.
 struct Feed {
-    u32 ring;        // shared address
-    int fill, drain; // byte offsets of stages in the ring
-    int next, block; // the tile to fetch next, and where it lies in the arena
+    u32 ring, scales, barriers;  // shared addresses
+    u32 phases;                  // a bit a stage: which phase of its barrier comes next
+    int fill, drain;             // stages
+    int next, block;             // the tile to fetch next, and where it lies in the arena
+
+    DEVICE Feed(u32 memory, int warp)
+        : ring(memory + warp * stages * stage_bytes),
+          scales(memory + scales_at + warp * stages * 4 * scale_bytes),
+          barriers(memory + barriers_at + warp * stages * 8),
+          phases(0) {
+        if (threadIdx.x % 32 == 0)
+            for (int i = 0; i < stages; i++) create_barrier(barriers + 8 * i);
+        publish_barriers();
+        __syncwarp();
+    }
 
     DEVICE void look_up(const Arguments& a, const Work& s) {
         if (next < s.tiles)
             block = __ldg(a.tables + (u64)s.piece.sequence * a.table_stride + s.piece.first_block + u32(next) / tiles_per_block);
     }
 
-    template <bool whole>
     DEVICE void fetch(const Arguments& a, const Work& s, int token, int valid) const {
-        const int lane = threadIdx.x & 31;
-        const u32 to = ring + fill;
+        const int lane = threadIdx.x & 31, row = s.head * block_tokens + token;
+        const u32 to = ring + fill * stage_bytes;
         const u8* from = a.cache + (u64)u32(block) * block_bytes;
-        const int first_row = s.head * block_tokens + token;
-        const u8* row = from + (first_row * row_bytes + lane * 16);
-        constexpr int pieces = tile * chunks;  // of 16 bytes, in the K rows of a tile
-        repeat<(pieces + 31) / 32>([&](auto i) {
-            constexpr int first = 32 * i.value, at = first * 16;
-            const int n = first + lane;
-            if (pieces % 32 && n >= pieces) return;
-            if constexpr (32 % chunks == 0) {  // all lanes step from row to row together
-                const u32 lane_to = to + lane / chunks * pitch + lane % chunks * 16;
-                copy_both<whole, first / chunks * pitch, at>(lane_to, row, valid * row_bytes - n * 16);
-            } else {
-                copy_both<whole, 0, at>(to + n / chunks * pitch + n % chunks * 16, row, valid * row_bytes - n * 16);
+        if constexpr (has_bulk_copies) {
+            if (lane == 0) {
+                const u32 barrier = barriers + 8 * fill;
+                const int at = a.cache_row + block * (block_bytes / 128) + row * row_bytes / 128;
+                expect_bytes(barrier, stage_bytes);
+                copy_box(to, a.map, at + k_codes / 128, barrier);
+                copy_box(to + v_at, a.map, at + v_codes / 128, barrier);
             }
-        });
-        if constexpr (coded) {
+        } else {
+            for (int n = lane; n < v_at / 16; n += 32) {
+                const u8* piece = from + row * row_bytes + n * 16;
+                copy16(to + swizzled(n * 16), piece + k_codes);
+                copy16(to + v_at + swizzled(n * 16), piece + v_codes);
+            }
+        }
+        if constexpr (coded) {  // what lies past the end is not even defined: its scales are read as zero
             constexpr int each = coded ? scale_bytes / 16 : 1, all = 4 * each;  // 16-byte pieces: of a frame, of all
-            const u8* scale_row = from + first_row * groups * 2;
+            const u8* scale_row = from + row * groups * 2;
 #pragma unroll
             for (int i = 0; i < (all + 31) / 32; i++) {
                 const int n = i * 32 + lane, which = n / each, piece = n % each;
                 const int frame = which == 0 ? k_scales : which == 1 ? k_biases : which == 2 ? v_scales : v_biases;
                 if (all % 32 && n >= all) continue;
-                const u8* source = scale_row + (frame + piece * 16);
-                if constexpr (whole) copy16<scales_at, 0>(to + n * 16, source);
-                else copy16<scales_at, 0>(to + n * 16, source, valid * groups * 2 - piece * 16);
+                copy16(scales + fill * 4 * scale_bytes + n * 16, scale_row + (frame + piece * 16),
+                       valid * groups * 2 - piece * 16);
             }
-        }
-    }
-
-    // The same piece of the K rows and of the V rows.
-    template <bool whole, int to_offset, int from_offset>
-    DEVICE static void copy_both(u32 to, const u8* from, int valid) {
-        if constexpr (whole) {
-            copy16<to_offset, k_codes + from_offset>(to, from);
-            copy16<v_at + to_offset, v_codes + from_offset>(to, from);
-        } else {
-            copy16<to_offset, k_codes + from_offset>(to, from, valid);
-            copy16<v_at + to_offset, v_codes + from_offset>(to, from, valid);
         }
     }
 
     DEVICE void advance(const Arguments& a, const Work& s) {
         if (next < s.tiles) {
             const int token = u32(next) % tiles_per_block * tile;
-            const int valid = s.piece.length - (s.piece.first_block * block_tokens + next * tile);
-            if (valid >= tile) fetch<true>(a, s, token, tile);
-            else fetch<false>(a, s, token, valid);  // what lies past the end is not even defined: read as zero
+            fetch(a, s, token, s.piece.length - (s.piece.first_block * block_tokens + next * tile));
             next += warps;
             look_up(a, s);
         }
         close_copies();
-        fill = fill + stage_bytes == stages * stage_bytes ? 0 : fill + stage_bytes;
+        fill = fill + 1 == stages ? 0 : fill + 1;
     }
 
     DEVICE void begin(const Arguments& a, const Work& s, int warp) {
@@ -104,4 +103,22 @@ struct Feed {
         look_up(a, s);
         for (int i = 0; i < stages - 1; i++) advance(a, s);
     }
+
+    // Until the stage to drain is there; `valid` of its tokens exist.
+    DEVICE void wait(int valid) {
+        wait_copies<stages - 2>();
+        if constexpr (has_bulk_copies) wait_barrier(barriers + 8 * drain, phases >> drain & 1);
+        phases ^= 1u << drain;
+        __syncwarp();
+        if (!coded && valid < tile) {  // probability 0 times an undefined value must be 0
+            const u32 values = ring + drain * stage_bytes + v_at;
+            for (int n = valid * row_bytes / 4 + threadIdx.x % 32; n < v_at / 4; n += 32)
+                asm volatile("st.shared.b32 [%0], 0;" ::"r"(values + swizzled(n * 4)) : "memory");
+            order_before_bulk();
+            __syncwarp();
+        }
+    }
+    DEVICE u32 stage() const { return ring + drain * stage_bytes; }
+    DEVICE u32 stage_scales() const { return scales + drain * 4 * scale_bytes; }
+    DEVICE void release() { drain = drain + 1 == stages ? 0 : drain + 1; }
 };

@@ -25,8 +25,6 @@ constexpr bool bfloat_product = bfloat && !coded;
 constexpr int groups = coded ? head_dim / group : 1;
 constexpr int row_bytes = head_dim * bits / 8;
 constexpr int chunks = row_bytes / 16;
-// An odd number of 16-byte units between rows: eight rows of a matrix then meet no bank twice.
-constexpr int pitch = chunks % 2 ? row_bytes : row_bytes + 16;
 constexpr int pairs = pairs_of_word<bits>;
 constexpr int steps = head_dim / 16;  // matrix instructions that span the head dimension
 constexpr int query_halves = query_tile / 8;
@@ -36,19 +34,19 @@ constexpr int tile_queries = queries < query_tile ? queries : query_tile;
 constexpr int subtiles = tile / 16;
 constexpr int tiles_per_block = block_tokens / tile;
 
-// A stage: K rows, V rows, then K scales, K biases, V scales, V biases of one tile.
-constexpr int scale_bytes = coded ? tile * groups * 2 : 0;
-constexpr int v_at = tile * pitch;
-constexpr int scales_at = 2 * tile * pitch;
-constexpr int stage_bytes = scales_at + 4 * scale_bytes;
-
+// Shared memory. A warp's ring: stages of K rows and V rows; its scales beside it: K scales, K biases, V scales, V biases.
+constexpr int scale_bytes = coded ? tile * groups * 2 : 0;  // of one of the four
+constexpr int v_at = tile * row_bytes;
+constexpr int stage_bytes = 2 * v_at;
+constexpr int scales_at = warps * stages * stage_bytes;
+constexpr int barriers_at = scales_at + warps * stages * 4 * scale_bytes;
 constexpr int area_pitch = head_dim + 4;  // floats; keeps the merge's stores off each other's banks
 constexpr int area_bytes = warps * tile_queries * area_pitch * 4;
-constexpr int area_at = warps * stages * stage_bytes;
+constexpr int area_at = barriers_at + (warps * stages * 8 + 15) / 16 * 16;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
 constexpr int claim_at = sums_at + warps * query_tile * 4;
-static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && row_bytes % 16 == 0);
+static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && v_at % 1024 == 0 && k_codes % 128 == 0 && v_codes % 128 == 0);
 
 // The head dimension that row `lane / 4` of output step `step` stands for, and the distance to row `lane / 4 + 8`.
 constexpr int output_stride = coded ? 1 : 8;

@@ -110,14 +110,20 @@ struct Softmax {
         return permute_bytes(w[index / 2], w[n / 2], (n % 2 ? 0x7600 : 0x5400) + (index % 2 ? 0x32 : 0x10));
     }
 
-    DEVICE void scores_of(float (&score)[2][query_halves][2], u32 keys, u32 scales) const {
+    // Row address for load_matrices(): 16 tokens from 16 * i on, two 16-byte units from `chunk` on.
+    DEVICE static u32 matrix_at(int i, int chunk) {
+        const u32 lane = threadIdx.x & 31, at = (lane & 15) * row_bytes + lane / 16 * 16 + chunk * 16;
+        if constexpr (row_bytes % 64 == 0) return i * 16 * row_bytes + swizzled(at);
+        return swizzled(i * 16 * row_bytes + at);
+    }
+
+    DEVICE void scores_of(float (&score)[2][query_halves][2], u32 keys, u32 scales, int subtile) const {
         const int lane = threadIdx.x & 31, t = lane % 4;
         float product[2][groups][4];
-        const u32 at = keys + (lane & 15) * pitch + lane / 16 * 16;
 #pragma unroll
         for (int c = 0; c + 1 < chunks; c += 2) {
             u32 word[4];
-            load_matrices(word, at + 16 * c);
+            load_matrices(word, keys + matrix_at(subtile, c));
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 u32 b[2][pairs];
@@ -130,7 +136,7 @@ struct Softmax {
         }
         if constexpr (chunks % 2) {
             u32 word[2];
-            load_matrices(word, at + 16 * (chunks - 1));
+            load_matrices(word, keys + matrix_at(subtile, chunks - 1));
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 u32 b[pairs];
@@ -214,12 +220,12 @@ struct Softmax {
     }
 
     // One stage of the ring: `tile` tokens from key0 on.
-    DEVICE void attend(const Arguments& a, const Work& s, u32 stage, int key0) {
+    DEVICE void attend(const Arguments& a, const Work& s, u32 stage, u32 scales, int key0) {
         float score[subtiles][2][query_halves][2];
         const bool edge = key0 + tile > s.piece.length - rows + 1 || (a.window > 0 && key0 < s.piece.length - a.window);
 #pragma unroll
         for (int i = 0; i < subtiles; i++) {
-            scores_of(score[i], stage + i * 16 * pitch, stage + scales_at + i * 16 * groups * 2);
+            scores_of(score[i], stage, scales + i * 16 * groups * 2, i);
             if (edge) mask(score[i], a, s, key0 + 16 * i);
         }
         float top[query_halves];
@@ -236,11 +242,12 @@ struct Softmax {
         if (__any_sync(every_lane, above)) move_offsets(top, a.scale_log2);
 #pragma unroll
         for (int i = 0; i < subtiles; i++)
-            add_values(score[i], stage + v_at + i * 16 * pitch, stage + scales_at + i * 16 * groups * 2, a.scale_log2);
+            add_values(score[i], stage + v_at, scales + i * 16 * groups * 2, i, a.scale_log2);
     }
 
     // Adds the values of 16 tokens, each times its probability.
-    DEVICE void add_values(float (&p)[2][query_halves][2], u32 values, u32 scales, float scale_log2) {
+    DEVICE void add_values(float (&p)[2][query_halves][2], u32 values, u32 scales, int subtile,
+                           float scale_log2) {
         const int lane = threadIdx.x & 31, t = lane % 4;
         u32 high[2][query_halves], low[2][query_halves];
 #pragma unroll
@@ -293,11 +300,10 @@ struct Softmax {
             }
         }
 
-        const u32 at = values + (lane & 15) * pitch + lane / 16 * 16;
 #pragma unroll
         for (int c = 0; c + 1 < chunks; c += 2) {
             u32 word[4];
-            load_transposed(word, at + 16 * c);
+            load_transposed(word, values + matrix_at(subtile, c));
             if constexpr (coded) {
                 apply_values(c, word[0], word[1], weight);
                 apply_values(c + 1, word[2], word[3], weight);
@@ -312,7 +318,7 @@ struct Softmax {
         }
         if constexpr (chunks % 2) {
             u32 word[2];
-            load_transposed(word, at + 16 * (chunks - 1));
+            load_transposed(word, values + matrix_at(subtile, chunks - 1));
             apply_values(chunks - 1, word[0], word[1], weight);
         }
     }

@@ -13,18 +13,9 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
-// 16 bytes from global into shared memory, asynchronously, both addresses with a constant offset.
-template <int to_offset, int from_offset>
-DEVICE void copy16(u32 to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(to_offset),
-                 "n"(from_offset)
-                 : "memory");
-}
-// Only the first `valid` bytes; the others become zero.
-template <int to_offset, int from_offset>
-DEVICE void copy16(u32 to, const u8* from, int valid) {
-    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;" ::"r"(to), "l"(from), "n"(to_offset),
-                 "n"(from_offset), "r"(max(0, min(16, valid)))
+// 16 bytes from global into shared memory, asynchronously; the bytes past `valid` become zero.
+DEVICE void copy16(u32 to, const u8* from, int valid = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(max(0, min(16, valid)))
                  : "memory");
 }
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -32,6 +23,47 @@ template <int pending>
 DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+
+// The bulk copy engine (from compute capability 9.0 on): boxes of 128-byte rows, counted in bytes by a barrier.
+#if __CUDA_ARCH__ >= 900
+constexpr bool has_bulk_copies = true;
+DEVICE void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+DEVICE void create_barrier(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void expect_bytes(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void copy_box(u32 to, const void* map, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(0), "r"(row), "r"(barrier)
+        : "memory");
+}
+DEVICE void wait_barrier(u32 barrier, u32 phase) {
+    u32 done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
+    } while (!done);
+}
+// Ordinary writes to shared memory before, bulk copies over the same bytes after.
+DEVICE void order_before_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+constexpr bool has_bulk_copies = false;
+DEVICE void prefetch_map(const void*) {}
+DEVICE void create_barrier(u32) {}
+DEVICE void publish_barriers() {}
+DEVICE void expect_bytes(u32, int) {}
+DEVICE void copy_box(u32, const void*, int, u32) {}
+DEVICE void wait_barrier(u32, u32) {}
+DEVICE void order_before_bulk() {}
+#endif
+
+// Where byte `offset` of a box lands: 16-byte units of each 128-byte row trade places, so that the rows of a matrix
+// meet no bank twice. The copy engine's own 128-byte swizzle; boxes begin at multiples of 1024.
+DEVICE u32 swizzled(u32 offset) { return offset ^ (offset >> 3 & 0x70); }
 
 // Matrices of 8 rows x 16 bytes; lane l gives the row addresses and receives row l/4, bytes 4(l%4) to +3 of each.
 DEVICE void load_matrices(u32 (&r)[4], u32 row) {
@@ -124,19 +156,6 @@ DEVICE u32 pack(float low, float high) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     }
     return r;
-}
-
-// Calls f(Count<0>()), f(Count<1>()), ...: loops whose counter is a constant for templates and assembly.
-template <int i>
-struct Count {
-    static constexpr int value = i;
-};
-template <int count, int i = 0, class F>
-DEVICE void repeat(F f) {
-    if constexpr (i < count) {
-        f(Count<i>());
-        repeat<count, i + 1>(f);
-    }
 }
 
 // Reads of what other blocks of the same launch wrote: past the first-level cache.
