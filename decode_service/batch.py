@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from kvrelay_kernels.interface import StepBatch
 
 from decode_service.slot import Slot
+from kvrelay_kernels.interface import StepBatch
 
 
 def step_batch(slots: Sequence[Slot]) -> StepBatch:

@@ -5,12 +5,6 @@ import time
 from collections import deque
 
 import numpy as np
-from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, LeaseLost, PromptTooLong, QueueFull
-from kvrelay.v1 import decode_pb2 as pb
-from kvrelay.v1.prefill_pb2 import Lease
-from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
-from kvrelay_kernels.errors import KernelError, NonFiniteActivations
-from kvrelay_kernels.quant import BLOCK_TOKENS
 from numpy.typing import NDArray
 
 from decode_service.batch import step_batch
@@ -21,6 +15,12 @@ from kv_transfer.block import BlockCodec
 from kv_transfer.block_pool import BlockPool
 from kv_transfer.landing import Landings
 from kv_transfer.prefix import prefix_keys
+from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, LeaseLost, PromptTooLong, QueueFull
+from kvrelay.v1 import decode_pb2 as pb
+from kvrelay.v1.prefill_pb2 import Lease
+from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
+from kvrelay_kernels.errors import KernelError, NonFiniteActivations
+from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.decoder import Decoder
 from model_runtime.sampler import Sampled, sample
 from model_runtime.step_loop import StepLoop

@@ -1,18 +1,17 @@
 """DecodeService over the engine: a stream is one slot."""
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
-from kvrelay.errors import InvalidArgument, KvrelayError, PromptTooLong
-from kvrelay.rpc import statuses
-from kvrelay.v1 import decode_pb2 as pb
-from kvrelay.v1 import decode_pb2_grpc
 
 from decode_service.engine import DecodeEngine
 from decode_service.slot import Event, Slot
+from kvrelay.errors import InvalidArgument, PromptTooLong
+from kvrelay.rpc import EventStream, statuses
+from kvrelay.v1 import decode_pb2 as pb
+from kvrelay.v1 import decode_pb2_grpc
 from model_runtime.sampler import SamplingConfig
 
 
@@ -22,23 +21,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self, engine: DecodeEngine) -> None:
         self._engine = engine
 
-    async def Decode(  # noqa: N802
+    async def Decode(
         self, request: pb.DecodeRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.DecodeResponse]:
         """Hold a slot and stream its tokens; the stream is the caller's hold on it."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+        events: EventStream[pb.DecodeResponse] = EventStream()
         async with statuses(context):
-            slot = self._slot(request, emit)
+            slot = self._slot(request, events.emit)
             self._engine.submit(slot)
             try:
-                while (event := await events.get()) is not None:
-                    if isinstance(event, KvrelayError):
-                        raise event
+                async for event in events:
                     yield event
             finally:
                 self._engine.cancel(slot)

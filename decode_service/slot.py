@@ -4,12 +4,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from kv_transfer.landing import Arrival
 from kvrelay.errors import KvrelayError
 from kvrelay.v1.decode_pb2 import DecodeResponse
 from kvrelay.v1.sampling_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
 from kvrelay_kernels.quant import BLOCK_TOKENS
-
-from kv_transfer.landing import Arrival
 from model_runtime.sampler import SamplingConfig
 
 Event = DecodeResponse | KvrelayError | None

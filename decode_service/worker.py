@@ -4,6 +4,12 @@ import asyncio
 import os
 
 import grpc.aio
+
+from decode_service.config import DecodeConfig
+from decode_service.engine import DecodeEngine
+from decode_service.servicer import DecodeServicer
+from kv_transfer.grpc_channel import transfer_handler
+from kv_transfer.redis_channel import RedisReceiver
 from kvrelay.errors import BadSetup
 from kvrelay.rpc import ServerThread
 from kvrelay.v1 import decode_pb2_grpc
@@ -15,12 +21,6 @@ from kvrelay.v1.worker_pb2 import (
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
-
-from decode_service.config import DecodeConfig
-from decode_service.engine import DecodeEngine
-from decode_service.servicer import DecodeServicer
-from kv_transfer.grpc_channel import transfer_handler
-from kv_transfer.redis_channel import RedisReceiver
 from model_runtime.opening import Activity, open_decoder
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from kvrelay_kernels.interface import StepBatch
 
+from kvrelay_kernels.interface import StepBatch
 from prefill_service.job import PrefillJob
 from prefill_service.scheduler import Chunk
 

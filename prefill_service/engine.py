@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
-from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, PromptTooLong, QueueFull
-from kvrelay.v1 import prefill_pb2 as pb
-from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
-from kvrelay_kernels.errors import KernelError, NonFiniteActivations
-from kvrelay_kernels.quant import BLOCK_TOKENS
 from numpy.typing import NDArray
 
 from kv_transfer.block import BlockCodec
@@ -19,6 +14,11 @@ from kv_transfer.block_pool import BlockPool
 from kv_transfer.channel import Handover
 from kv_transfer.prefix import prefix_keys
 from kv_transfer.redis_store import BlockStore
+from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, PromptTooLong, QueueFull
+from kvrelay.v1 import prefill_pb2 as pb
+from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
+from kvrelay_kernels.errors import KernelError, NonFiniteActivations
+from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.decoder import Decoder
 from model_runtime.sampler import sample
 from model_runtime.step_loop import StepLoop

@@ -1,10 +1,9 @@
 """Which blocks leave the prefill arena when: each one once, as soon as its layer has all of its rows."""
 
+from kv_transfer.block import BlockCodec
 from kvrelay.errors import KvrelayError
 from kvrelay_kernels.interface import Arena
 from kvrelay_kernels.quant import BLOCK_TOKENS
-
-from kv_transfer.block import BlockCodec
 from prefill_service.job import PrefillJob
 
 

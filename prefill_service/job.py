@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from kvrelay.errors import KvrelayError
-from kvrelay.v1.prefill_pb2 import PrefillResponse
-from kvrelay_kernels.quant import BLOCK_TOKENS
 from numpy.typing import NDArray
 
 from kv_transfer.channel import Sender
+from kvrelay.errors import KvrelayError
+from kvrelay.v1.prefill_pb2 import PrefillResponse
+from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.sampler import SamplingConfig
 
 Event = PrefillResponse | KvrelayError | None

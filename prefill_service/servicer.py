@@ -1,18 +1,17 @@
 """PrefillService over the engine: a stream is one prompt."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
 import numpy as np
-from kvrelay.errors import InvalidArgument, KvrelayError
-from kvrelay.rpc import statuses
-from kvrelay.v1 import prefill_pb2 as pb
-from kvrelay.v1 import prefill_pb2_grpc
 
 from kv_transfer.channel import Channels
+from kvrelay.errors import InvalidArgument, KvrelayError
+from kvrelay.rpc import EventStream, statuses
+from kvrelay.v1 import prefill_pb2 as pb
+from kvrelay.v1 import prefill_pb2_grpc
 from model_runtime.sampler import SamplingConfig
 from prefill_service.engine import PrefillEngine
 from prefill_service.job import Event, PrefillJob
@@ -25,18 +24,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine = engine
         self._channels = channels
 
-    async def Prefill(  # noqa: N802
+    async def Prefill(
         self, request: pb.PrefillRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.PrefillResponse]:
         """Read a prompt; the stream is the caller's hold on it."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+        events: EventStream[pb.PrefillResponse] = EventStream()
         async with statuses(context):
-            job = self._job(request, emit)
+            job = self._job(request, events.emit)
             try:
                 self._engine.submit(job)
             except KvrelayError:
@@ -44,14 +38,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     job.sender.abort()
                 raise
             try:
-                while (event := await events.get()) is not None:
-                    if isinstance(event, KvrelayError):
-                        raise event
+                async for event in events:
                     yield event
             finally:
                 self._engine.cancel(job)
 
-    def _job(self, request: pb.PrefillRequest, emit: Any) -> PrefillJob:
+    def _job(self, request: pb.PrefillRequest, emit: Callable[[Event], None]) -> PrefillJob:
         config = self._engine.decoder.config
         ids = np.array(request.token_ids, np.int64)
         if not 0 < request.prompt_tokens <= len(ids) or ids.max() >= config.vocabulary:

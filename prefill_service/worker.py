@@ -4,6 +4,10 @@ import asyncio
 import os
 
 import grpc.aio
+
+from kv_transfer.channel import Channels
+from kv_transfer.redis_store import RedisBlockStore, connect
+from kv_transfer.transports import default_transports
 from kvrelay.errors import BadSetup
 from kvrelay.rpc import ServerThread
 from kvrelay.v1 import prefill_pb2_grpc
@@ -15,10 +19,6 @@ from kvrelay.v1.worker_pb2 import (
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
-
-from kv_transfer.channel import Channels
-from kv_transfer.redis_store import RedisBlockStore, connect
-from kv_transfer.transports import default_transports
 from model_runtime.opening import Activity, open_decoder
 from prefill_service.config import PrefillConfig
 from prefill_service.engine import PrefillEngine

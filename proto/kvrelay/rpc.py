@@ -4,8 +4,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
@@ -13,6 +13,7 @@ import grpc.aio
 from kvrelay.errors import BadSetup, Internal, KvrelayError, error_of_status
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,25 @@ async def statuses(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncGenera
         log.exception("a call failed")
         internal = Internal(f"{type(error).__name__}: {error}")
         await context.abort(internal.code, str(internal), internal.trailing_metadata)
+
+
+class EventStream(Generic[E]):
+    """What a thread tells a call, event by event, until it says None or an error. Made on the call's loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[E | KvrelayError | None] = asyncio.Queue()
+
+    def emit(self, event: E | KvrelayError | None) -> None:
+        """Add an event; from any thread, and without effect once the loop has ended."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncGenerator[E]:
+        while (event := await self._events.get()) is not None:
+            if isinstance(event, KvrelayError):
+                raise event
+            yield event
 
 
 class ServerThread:
