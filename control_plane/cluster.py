@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ SOCKET_PATH_BYTES = 100
 
 SESSION_PATH_BYTES = 72
 """Length of `/ray/session_<date>_<time>_<pid>/sockets/plasma_store`."""
+
+CONNECT_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Cluster:
             if address is None:
                 self._embed()
             else:
+                _check_reachable(address)
                 ray.init(address=address, log_to_driver=self._verbose, logging_level=self._level)
         except (RuntimeError, ValueError, OSError, RayError) as error:
             self.stop()
@@ -113,6 +117,13 @@ def _short_folder() -> str:
     folder = tempfile.gettempdir()
     room = SOCKET_PATH_BYTES - SESSION_PATH_BYTES - len("/kvrelay-ray-12345678")
     return folder if len(os.fsencode(folder)) <= room else "/tmp"
+
+
+def _check_reachable(address: str) -> None:
+    """See at once what Ray would try for minutes. Raises OSError."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _first_line(error: BaseException) -> str:

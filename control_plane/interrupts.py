@@ -16,7 +16,7 @@ STOP_SECONDS = 4.5
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Signals wait until the context ends: an exception inside an extension's import may be swallowed there."""
+    """Signals wait until the context ends: an exception in an extension's import may be swallowed there."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

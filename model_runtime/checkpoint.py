@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay.errors import ModelFileInvalid
-
 from model_runtime.config import ModelConfig
 from model_runtime.fingerprint import fingerprint_of
 from model_runtime.gguf_model import open_gguf

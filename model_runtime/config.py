@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import xxhash
+
 from kvrelay_kernels.interface import Activation
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.errors import NonFiniteActivations
 from kvrelay_kernels.interface import (
@@ -18,8 +20,6 @@ from kvrelay_kernels.interface import (
     WeightMode,
 )
 from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout, parse_format
-from numpy.typing import NDArray
-
 from model_runtime.progress import Progress, silent
 from model_runtime.rope import rope_angles
 from model_runtime.steps import only_rows, sequence_steps

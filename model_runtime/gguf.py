@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
 from kvrelay_kernels.quant import AffineWeight
-from numpy.typing import NDArray
-
 from model_runtime.fields import Fields
 from model_runtime.gguf_blocks import BLOCK_TYPES, BlockType
 

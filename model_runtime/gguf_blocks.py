@@ -10,9 +10,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay_kernels.interface import HostWeight
 from kvrelay_kernels.quant import AffineWeight
-from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Affine = tuple[Bytes, NDArray[np.float32], NDArray[np.float32]]

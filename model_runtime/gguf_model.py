@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
 from kvrelay_kernels.quant import AffineWeight
-
 from model_runtime.config import ModelConfig, RopeScaling
 from model_runtime.gguf import GgufFile
 from model_runtime.gguf_vocabulary import build_tokenizer, control_tokens

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from kvrelay.errors import ModelFileInvalid
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from kvrelay.errors import ModelFileInvalid
 from model_runtime.gguf import GgufFile, StringArray
 from model_runtime.spm_merges import spm_merges
 

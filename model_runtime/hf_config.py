@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import Activation
-
 from model_runtime.config import ModelConfig, RopeScaling
 from model_runtime.fields import Fields
 from model_runtime.weights import MAX_LAYERS

@@ -7,11 +7,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from kvrelay.errors import ModelFileInvalid
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from kvrelay.errors import ModelFileInvalid
 from model_runtime.config import ModelConfig
 from model_runtime.hf_config import parse_config
 from model_runtime.weights import (

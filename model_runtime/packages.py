@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO
 
 from kvrelay.errors import ModelUnreachable
-
 from model_runtime.progress import Progress
 
 CHUNK = 1 << 20

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from kvrelay.errors import InvalidArgument
 from numpy.typing import NDArray
+
+from kvrelay.errors import InvalidArgument
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay_kernels.interface import StepBatch
 from kvrelay_kernels.quant import BLOCK_TOKENS
-from numpy.typing import NDArray
 
 
 def sequence_steps(

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
-from kvrelay.errors import InvalidArgument, ModelFileInvalid
 from tokenizers import decoders
 
+from kvrelay.errors import InvalidArgument, ModelFileInvalid
 from model_runtime.chat_template import ChatTemplate
 from model_runtime.token_bytes import TokenBytes, byte_level_bytes, spm_bytes
 from model_runtime.weights import Checkpoint

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvrelay.errors import ModelFileInvalid
-from kvrelay_kernels.interface import HostWeight
 from tokenizers import Tokenizer
 
+from kvrelay.errors import ModelFileInvalid
+from kvrelay_kernels.interface import HostWeight
 from model_runtime.config import ModelConfig
 
 EMBED, HEAD, FINAL_NORM, ROPE_FACTORS = "embed", "head", "final_norm", "rope_factors"

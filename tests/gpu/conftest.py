@@ -1,6 +1,7 @@
 """GPU tests run where CuPy sees a device (`pytest tests/gpu`); elsewhere they are skipped."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from kvrelay_kernels.cuda.module import KernelCache
 
 
 @pytest.fixture(scope="session")
-def cupy():
+def cupy() -> Any:
     """CuPy, if it is installed and has a device."""
     library = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
     try:
@@ -19,6 +20,6 @@ def cupy():
 
 
 @pytest.fixture(scope="session")
-def kernels(cupy, tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
+def kernels(cupy: Any, tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
     """Compiled kernels of this test session."""
     return KernelCache(Path(tmp_path_factory.mktemp("cubins")))

@@ -1,4 +1,4 @@
-"""Random paged caches on the host, with every byte that no query may read set to 0xff (NaN as a half), and exact attention."""
+"""Random paged caches, with every byte that no query may read set to 0xff (NaN as a half), and exact attention."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +66,16 @@ def _fill(
         octets = np.ascontiguousarray(array).view(np.uint8)
         for i, block in enumerate(blocks):
             rows = octets[i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS].transpose(1, 0, 2)
-            view = arena[block, frame.offset : frame.offset + frame.nbytes].reshape(layout.kv_heads, BLOCK_TOKENS, -1)
+            view = arena[block, frame.offset : frame.offset + frame.nbytes].reshape(
+                layout.kv_heads, BLOCK_TOKENS, -1
+            )
             view[:, : rows.shape[1]] = rows
     return exact
 
 
-def exact_attention(q: NDArray[Any], cache: PagedCache, spec: AttentionSpec, rows: int) -> NDArray[np.float64]:
+def exact_attention(
+    q: NDArray[Any], cache: PagedCache, spec: AttentionSpec, rows: int
+) -> NDArray[np.float64]:
     """Float64 attention of `q` `[sequences * rows, heads, head_dim]`; zeros where a sequence is empty."""
     out = np.zeros(q.shape, np.float64)
     share = spec.heads // spec.kv_heads

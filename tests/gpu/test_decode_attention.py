@@ -125,6 +125,6 @@ def test_refuses_what_it_cannot_run() -> None:
         make("int8-g32", 160, "bfloat16", heads=(4, 2))
     with pytest.raises(FormatUnsupported, match="query rows"):
         make("int8-g64", 128, "bfloat16", rows=33)
+    layout = BlockLayout(parse_format("none", 128, "float16"), 8, 128)
     with pytest.raises(FormatUnsupported, match="does not go with"):
-        layout = BlockLayout(parse_format("none", 128, "float16"), 8, 128)
         DecodeProblem(layout, AttentionSpec(32, 8, 128, 0.1), "bfloat16")

@@ -1,4 +1,4 @@
-"""The fields of KubeRay's RayCluster that we use, as a JSON schema: one that is misspelt or new here fails."""
+"""The fields of KubeRay's RayCluster that we use, as a JSON schema: any other one fails."""
 
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Every CUDA kernel compiles for every architecture we ship, with NVRTC's wheel alone: no GPU, no toolkit."""
 
+from pathlib import Path
+
 import pytest
 
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem, launch_shape
@@ -52,10 +54,12 @@ def test_every_source_is_tested() -> None:
     assert {path.stem for path in SOURCES.glob("*.cu")} == {"decode_attention", "decode_plan"}
 
 
-def test_cubins_are_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cubins_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = decode_key("int8", "sm_90a")
     cubin = KernelCache(tmp_path).cubin(key)
-    monkeypatch.setattr("kvrelay_kernels.cuda.module.compile_kernel", lambda key: pytest.fail("compiled again"))
+    monkeypatch.setattr(
+        "kvrelay_kernels.cuda.module.compile_kernel", lambda key: pytest.fail("compiled again")
+    )
     assert KernelCache(tmp_path).cubin(key) == cubin
 
 

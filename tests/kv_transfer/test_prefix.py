@@ -43,6 +43,16 @@ def test_model_and_layout_are_part_of_the_key() -> None:
     assert len(keys) == 4
 
 
+@given(st.lists(st.integers(0, 50_000), min_size=1, max_size=200), st.data())
+def test_blocks_with_tokens_that_were_answered_have_keys_of_their_own(
+    tokens: list[int], data: st.DataObject
+) -> None:
+    prompt = data.draw(st.integers(0, len(tokens)))
+    read, partly_written = prefix_keys(tokens, 1, 2), prefix_keys(tokens, 1, 2, prompt)
+    for index, (one, other) in enumerate(zip(read, partly_written, strict=True)):
+        assert (one == other) == (min(64 * (index + 1), len(tokens)) <= prompt)
+
+
 def test_the_keys_stay_what_they_are() -> None:
     # They are shared between workers, maybe of two versions.
     keys = [key.hex() for key in prefix_keys(range(65), 1, 2)]

@@ -45,7 +45,8 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
 ) -> Path:
     """A GGUF file, as llama.cpp's converter lays these models out; matrices of type `kind`."""
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    kind_of_model: str = config["model_type"]
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind_of_model, kind_of_model)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config["max_position_embeddings"])
@@ -67,7 +68,8 @@ def write_gguf(
     if scaling and scaling["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
     add_vocabulary(writer)
-    for name, values in tensors.items():
+    for name, tensor in tensors.items():
+        values = tensor
         theirs = GGUF_NAMES.get(name)
         if theirs is None:
             _, _, layer, part = name.split(".", 3)

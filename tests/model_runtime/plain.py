@@ -1,4 +1,4 @@
-"""Every family's forward pass in plain float64 NumPy, whole sequence at once: the tests' independent judge."""
+"""Every family's forward pass in plain float64 NumPy, a whole sequence at once: the independent judge."""
 
 from typing import Any
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from kvrelay.errors import ModelFileInvalid
-from kvrelay_kernels.errors import FormatUnsupported, NonFiniteActivations
 from numpy.typing import NDArray
 
+from kvrelay.errors import ModelFileInvalid
+from kvrelay_kernels.errors import FormatUnsupported, NonFiniteActivations
 from model_runtime.checkpoint import load_model
 from model_runtime.config import ModelConfig
 from model_runtime.decoder import Decoder
@@ -158,14 +158,21 @@ def test_a_step_of_nothing(decoder: Decoder) -> None:
     batch, _ = sequence_steps([1], [0])
     empty = np.zeros(0, np.int32)
     batch = dataclasses.replace(
-        batch, token_ids=empty, positions=empty, row_starts=np.zeros(1, np.int32), lengths=empty, logit_rows=empty
+        batch,
+        token_ids=empty,
+        positions=empty,
+        row_starts=np.zeros(1, np.int32),
+        lengths=empty,
+        logit_rows=empty,
     )
     assert decoder.forward(batch, decoder.new_arena(1, "none")).shape == (0, decoder.config.vocabulary)
 
 
 def test_warming_up_tells_how_far_it_is(decoder: Decoder) -> None:
     told: list[tuple[str, int, int]] = []
-    decoder.warm(decoder.new_arena(2, "int8"), chunk=512, sequences=4, progress=lambda *news: told.append(news))
+    decoder.warm(
+        decoder.new_arena(2, "int8"), chunk=512, sequences=4, progress=lambda *news: told.append(news)
+    )
     assert told[-1][1] == told[-1][2]
 
 

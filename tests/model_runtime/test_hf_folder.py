@@ -7,9 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from kvrelay.errors import ModelFileInvalid
 from safetensors.numpy import load_file, save_file
 
+from kvrelay.errors import ModelFileInvalid
 from model_runtime.checkpoint import load_model
 from model_runtime.config import RopeScaling
 from tests.model_runtime.families import CONFIGS, random_tensors, write_folder
@@ -56,7 +56,7 @@ def test_shards_are_put_together(tmp_path: Path) -> None:
     checkpoint = load_model(sharded)
     assert checkpoint.tensors.keys() == load_model(whole).tensors.keys()
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelFileInvalid, match="'model-00002-of-00002.safetensors' is missing"):
+    with pytest.raises(ModelFileInvalid, match=r"'model-00002-of-00002\.safetensors' is missing"):
         load_model(sharded)
     index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
     with pytest.raises(ModelFileInvalid, match="is missing"):

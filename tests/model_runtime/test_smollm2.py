@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvrelay_kernels.registry import load_backend
 
+from kvrelay_kernels.registry import load_backend
 from model_runtime.decoder import Decoder
 from model_runtime.steps import sequence_steps
 from model_runtime.weights import Checkpoint
+from tests.model_runtime.conftest import greedy
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CASES: list[dict[str, Any]] = json.loads((FIXTURES / "smollm2_greedy.json").read_text())["cases"]
 LOGITS: dict[str, Any] = json.loads((FIXTURES / "smollm2_logits.json").read_text())["cases"][0]
-CHUNK = 256
 TIE = 1e-3
 """Two best logits closer than this may change places between two float32 programs."""
 
@@ -24,23 +24,6 @@ TIE = 1e-3
 def decoder(smollm2: Checkpoint) -> Decoder:
     """SmolLM2 on the embedded default, as float32."""
     return Decoder(smollm2, load_backend("cpu", threads=2), "float", context=2048)
-
-
-def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
-    """`count` tokens behind a prompt."""
-    arena = decoder.new_arena((len(prompt) + count) // 64 + 1, "none")
-    answer: list[int] = []
-    past = 0
-    pending = prompt
-    while len(answer) < count:
-        for start in range(0, len(pending), CHUNK):
-            chunk = pending[start : start + CHUNK]
-            batch, _ = sequence_steps([len(chunk)], [past], chunk)
-            logits = decoder.forward(batch, arena)
-            past += len(chunk)
-        answer.append(int(logits[0].argmax()))
-        pending = answer[-1:]
-    return answer
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

@@ -34,7 +34,9 @@ class _Side:
         self.chunk = chunk_of(self.dim, self.bits, self.group)
         self.builder, self.word = builder, at[0].type
         kind, array = cache
-        self.start = vector.element(context, builder, kind, array, at[0].type(0), BYTE if self.bits else FLOAT)
+        self.start = vector.element(
+            context, builder, kind, array, at[0].type(0), BYTE if self.bits else FLOAT
+        )
         self.codes, self.scales, self.biases = (
             vector.element(context, builder, kind, array, place, BYTE if self.bits else FLOAT) for place in at
         )
@@ -44,7 +46,9 @@ class _Side:
         builder, items = self.builder, self.dim * self.bits // 8 if self.bits else self.dim
         index = builder.add(ahead, builder.mul(token, self.word(items)))
         kind = BYTE if self.bits else FLOAT
-        vector.prefetch(builder, vector.offset(builder, self.start, index, kind), items if self.bits else 4 * items)
+        vector.prefetch(
+            builder, vector.offset(builder, self.start, index, kind), items if self.bits else 4 * items
+        )
 
     def read(self, token: Any, number: int) -> Any:
         """Chunk `number` of a token as float32; of 4-bit codes, even elements first."""
@@ -63,6 +67,61 @@ class _Side:
         return vector.multiply_add(
             builder, codes, vector.splat(builder, scale, self.chunk), vector.splat(builder, bias, self.chunk)
         )
+
+
+@emitted
+def reorder(
+    typing: Any, x: Any, first: Any, factor: Any, out: Any, target: Any, inward: Any, bits: Any, group: Any, dim: Any
+) -> Any:  # fmt: skip
+    """One head times `factor`, from its own order into reading order where `inward` (a constant), else back."""
+    inward_, bits_, dim_ = inward.literal_value, bits.literal_value, dim.literal_value
+    chunk = chunk_of(dim_, bits_, group.literal_value)
+    turn = vector.separate if inward_ else vector.interleave
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x_, first_, factor_, out_, target_, *_ = args
+        kinds, word = signature.args, first_.type
+        x_at = vector.element(context, builder, kinds[0], x_, first_, FLOAT)
+        out_at = vector.element(context, builder, kinds[3], out_, target_, FLOAT)
+        for start in range(0, dim_, chunk):
+            value = vector.load(builder, vector.offset(builder, x_at, word(start), FLOAT), chunk)
+            value = builder.fmul(value, vector.splat(builder, factor_, chunk))
+            value = turn(builder, value) if bits_ == 4 else value
+            vector.store(builder, value, vector.offset(builder, out_at, word(start), FLOAT))
+        return context.get_dummy_value()
+
+    places = (out, types.intp, inward, bits, group, dim)
+    return types.void(x, types.intp, types.float32, *places), generate
+
+
+@emitted
+def blend(typing: Any, x: Any, first: Any, factor: Any, out: Any, dim: Any) -> Any:
+    """`out[0:dim] += x[first : first + dim] * factor`."""
+    dim_ = dim.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x_, first_, factor_, out_, _ = args
+        x_at = vector.element(context, builder, signature.args[0], x_, first_, FLOAT)
+        out_at = vector.element(context, builder, signature.args[3], out_, first_.type(0), FLOAT)
+        value, before = vector.load(builder, x_at, dim_), vector.load(builder, out_at, dim_)
+        after = vector.multiply_add(builder, value, vector.splat(builder, factor_, dim_), before)
+        vector.store(builder, after, out_at)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.float32, out, dim), generate
+
+
+@emitted
+def ask(typing: Any, cache: Any, place: Any, items: Any) -> Any:
+    """Begin to fetch `items` items (a constant) of the cache from `place` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = BYTE if signature.args[0].dtype == types.uint8 else FLOAT
+        at = vector.element(context, builder, signature.args[0], args[0], args[1], kind)
+        vector.prefetch(builder, at, items.literal_value * (1 if kind == BYTE else 4))
+        return context.get_dummy_value()
+
+    return types.void(cache, types.intp, items), generate
 
 
 @emitted
@@ -94,7 +153,9 @@ def score_tokens(
                     place = vector.offset(builder, q_at, word(head * side.dim + number * side.chunk), FLOAT)
                     part, before = vector.load(builder, place, side.chunk), sums[head]
                     sums[head] = (
-                        builder.fmul(key, part) if before is None else vector.multiply_add(builder, key, part, before)
+                        builder.fmul(key, part)
+                        if before is None
+                        else vector.multiply_add(builder, key, part, before)
                     )
             return sums
 
@@ -106,7 +167,9 @@ def score_tokens(
             token = builder.mul(turn, word(4))
             found = [products(builder.add(token, word(step))) for step in range(4)]
             for head in range(heads_):
-                vector.store(builder, vector.totals(builder, [sums[head] for sums in found]), place(head, token))
+                vector.store(
+                    builder, vector.totals(builder, [sums[head] for sums in found]), place(head, token)
+                )
         with vector.loop(builder, fours, count_) as token:
             for head, sums in enumerate(products(token)):
                 builder.store(vector.total(builder, sums), place(head, token))
@@ -197,7 +260,9 @@ def put_token(
         kinds, word = signature.args, first_.type
         item = BYTE if bits_ else FLOAT
         x_at = vector.element(context, builder, kinds[0], values_, first_, FLOAT)
-        codes_at, *pair_at = (vector.element(context, builder, kinds[2], cache_, place, item) for place in places)
+        codes_at, *pair_at = (
+            vector.element(context, builder, kinds[2], cache_, place, item) for place in places
+        )
         for number in range(dim_ // chunk):
             x = vector.load(builder, vector.offset(builder, x_at, word(number * chunk), FLOAT), chunk)
             if not bits_:
@@ -237,7 +302,9 @@ def _quantize(builder: Any, x: Any, bits: int) -> tuple[Any, list[Any]]:
         half = lanes // 2
         even, odd = (
             builder.shuffle_vector(
-                octets, octets, ir.Constant(ir.VectorType(INT, half), [INT(2 * lane + side) for lane in range(half)])
+                octets,
+                octets,
+                ir.Constant(ir.VectorType(INT, half), [INT(2 * lane + side) for lane in range(half)]),
             )
             for side in (0, 1)
         )

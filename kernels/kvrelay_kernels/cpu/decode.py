@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from kvrelay_kernels.cpu.blocks import chunk_of, score_tokens, weigh_values
+from kvrelay_kernels.cpu.blocks import ask, blend, reorder, score_tokens, weigh_values
 from kvrelay_kernels.cpu.products import THREADED, share
 from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.quant import BLOCK_TOKENS
@@ -21,9 +21,8 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
     """The kernel for one cache format, head dimension and number of query heads a kv head."""
     size = dim * bits // 8 if bits else dim
     pair = 2 * (dim // group) if bits else 0
-    chunk = chunk_of(dim, bits, group)
-    stripes = 2 if bits == 4 else 1
-    part = chunk // stripes
+    all_pairs = BLOCK_TOKENS * pair
+    one = np.float32(1)
 
     @njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
     def decode(
@@ -59,12 +58,8 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                 split, head = divmod(task - starts[s], kv_heads)
                 begin = (opens[s] // SPLIT + split) * SPLIT
                 at = (row_starts[s] * kv_heads + head) * heads * dim
-                for number in range(heads * dim // chunk):
-                    for stripe in range(stripes):
-                        for i in range(part):
-                            query[number * chunk + stripe * part + i] = q[
-                                at + number * chunk + i * stripes + stripe
-                            ]
+                for h in range(heads):
+                    reorder(q, at + h * dim, one, query, h * dim, True, bits, group, dim)
                 scores[:] = -np.inf
                 for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
                     skip = max(0, opens[s] - key)
@@ -75,6 +70,9 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                         codes, scales = block + places[0] + token * size, block + places[1] + token * pair
                         biases = block + places[2] + token * pair
                         target = key - begin + skip
+                        # One line of scales is behind all codes of a block: waiting for it costs as much as they do.
+                        ask(cache, block + places[4] + token * pair, all_pairs)
+                        ask(cache, block + places[5] + token * pair, all_pairs)
                         score_tokens(
                             cache, codes, scales, biases, count, block + places[3] + token * size, query, scores,
                             target, SPLIT, bits, group, dim, heads,
@@ -94,11 +92,15 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                         codes, scales = block + places[3] + token * size, block + places[4] + token * pair
                         biases = block + places[5] + token * pair
                         p, target = key - begin + skip, task * heads * dim
-                        ahead = block + places[0] + token * size
-                        if head + 1 < kv_heads:
-                            ahead += BLOCK_TOKENS * size
-                        elif key + SPLIT < lengths[s]:
-                            ahead = base + tables[s, (key + SPLIT) // BLOCK_TOKENS] * stride + places[0]
+                        after, token = block, (head + 1) * BLOCK_TOKENS
+                        if head + 1 == kv_heads:
+                            after = (
+                                base + tables[s, min(key + SPLIT, lengths[s] - 1) // BLOCK_TOKENS] * stride
+                            )
+                            token = 0
+                        ask(cache, after + places[1] + token * pair, all_pairs)
+                        ask(cache, after + places[2] + token * pair, all_pairs)
+                        ahead = after + places[0] + token * size
                         weigh_values(
                             cache, codes, scales, biases, count, ahead, scores, p, SPLIT, sums, target,
                             bits, group, dim, heads,
@@ -116,15 +118,10 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                     weight = np.float32(0)
                     merged[:] = 0
                     for task in range(first, last, kv_heads):
-                        share_ = np.float32(np.exp(tops[task, h] - top))
-                        weight += share_ * weights[task, h]
-                        for i in range(dim):
-                            merged[i] += share_ * sums[task, h, i]
+                        part = np.float32(np.exp(tops[task, h] - top))
+                        weight += part * weights[task, h]
+                        blend(sums, (task * heads + h) * dim, part, merged, dim)
                     to = ((row_starts[s] * kv_heads + head) * heads + h) * dim
-                    for number in range(dim // chunk):
-                        for stripe in range(stripes):
-                            for i in range(part):
-                                value = merged[number * chunk + stripe * part + i] / weight
-                                out[to + number * chunk + i * stripes + stripe] = value
+                    reorder(merged, 0, one / weight, out, to, False, bits, group, dim)
 
     return decode

@@ -31,6 +31,7 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
     ) -> None:  # fmt: skip
         blocks = -(-length // BLOCK_TOKENS) - first
         pitch = values.shape[2]
+        flat = values.reshape(-1)
         for thread in prange(threads):
             rows = np.empty(BLOCK_TOKENS * dim, np.float32)
             begin, end = share(blocks, thread, threads)
@@ -39,19 +40,8 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
                 count = min(BLOCK_TOKENS, length - (first + number) * BLOCK_TOKENS)
                 token = head * BLOCK_TOKENS
                 codes, scales = block + places[0] + token * size, block + places[1] + token * pair
-                expand_tokens(
-                    cache,
-                    codes,
-                    scales,
-                    block + places[2] + token * pair,
-                    count,
-                    rows,
-                    0,
-                    dim,
-                    bits,
-                    group,
-                    dim,
-                )
+                biases = block + places[2] + token * pair
+                expand_tokens(cache, codes, scales, biases, count, rows, 0, dim, bits, group, dim)
                 for i in range(dim):
                     for t in range(count):
                         keys[number, i, t] = rows[t * dim + i]
@@ -59,7 +49,7 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
                 codes, scales = block + places[3] + token * size, block + places[4] + token * pair
                 target = number * BLOCK_TOKENS * pitch
                 biases = block + places[5] + token * pair
-                expand_tokens(cache, codes, scales, biases, count, values, target, pitch, bits, group, dim)
+                expand_tokens(cache, codes, scales, biases, count, flat, target, pitch, bits, group, dim)
                 # What lies behind the last token may be anything, NaN too; zero weight would not silence it.
                 values[number, count:, :] = 0
                 values[number, :count, dim:] = 0
@@ -78,6 +68,7 @@ def attend(
     `window` up to its own; tiles without such a pair are not computed.
     """
     dim, pitch = keys.shape[1], values.shape[2]
+    keys, values = keys.reshape(-1), values.reshape(-1)
     tiles = -(-rows // QUERIES)
     width = heads * dim
     if count_tiles:
@@ -89,7 +80,7 @@ def attend(
             tally[1] += (position + rows - 1) // BLOCK_TOKENS + 1 - met
     for thread in prange(threads):
         scores = np.empty(QUERIES * BLOCK_TOKENS, np.float32)
-        sums = np.empty((QUERIES, pitch), np.float32)
+        sums = np.empty(QUERIES * pitch, np.float32)
         tops, weights = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
         for task in range(thread, tiles * group, threads):
             tile, h = divmod(task, group)
@@ -122,26 +113,15 @@ def attend(
                         shrink = np.float32(np.exp(tops[r] - top))
                         weights[r] *= shrink
                         for i in range(pitch):
-                            sums[r, i] *= shrink
+                            sums[r * pitch + i] *= shrink
                         tops[r] = top
                     weights[r] += exponentials(scores, line, scale, top)
                 start = number * BLOCK_TOKENS * pitch
                 multiply(
-                    scores,
-                    0,
-                    BLOCK_TOKENS,
-                    values,
-                    start,
-                    pitch,
-                    sums,
-                    0,
-                    pitch,
-                    count,
-                    BLOCK_TOKENS,
-                    pitch,
-                    False,
-                )
+                    scores, 0, BLOCK_TOKENS, values, start, pitch,
+                    sums, 0, pitch, count, BLOCK_TOKENS, pitch, False,
+                )  # fmt: skip
             for r in range(count):
                 target = at + r * width
                 for i in range(dim):
-                    out[target + i] = sums[r, i] / weights[r]
+                    out[target + i] = sums[r * pitch + i] / weights[r]

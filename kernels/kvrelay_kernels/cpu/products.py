@@ -65,161 +65,29 @@ def _few(bits: int) -> Callable[..., None]:
 
 @njit(nogil=True, cache=True)
 def multiply(
-    x: Any,
-    first: int,
-    stride: int,
-    w: Any,
-    start: int,
-    width: int,
-    out: Any,
-    target: int,
-    pitch: int,
-    rows: int,
-    depth: int,
-    lanes: int,
-    fresh: bool,
-) -> None:
-    """`out[rows, lanes] (+)= x[rows, depth] @ w[depth, lanes]`; lanes a multiple of `TILE_LANES`."""
+    x: Any, first: int, stride: int, w: Any, start: int, width: int, out: Any, target: int, pitch: int,
+    rows: int, depth: int, lanes: int, fresh: bool,
+) -> None:  # fmt: skip
+    """`out[rows, lanes] = x[rows, depth] @ w[depth, lanes]`, or added to out where not `fresh`.
+
+    Each matrix lies in a contiguous array from its first element on, its rows so many elements apart.
+    `lanes` is a multiple of `TILE_LANES`.
+    """
+    if fresh:
+        for row in range(rows):
+            for lane in range(lanes):
+                out[target + row * pitch + lane] = 0
     for lane in range(0, lanes, TILE_LANES):
         at, to = start + lane, target + lane
-        if fresh:
-            row = 0
-            while rows - row >= TILE_ROWS:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    TILE_ROWS,
-                    TILE_LANES,
-                    True,
-                )
-                row += TILE_ROWS
-            if rows - row >= 4:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    4,
-                    TILE_LANES,
-                    True,
-                )
-                row += 4
-            if rows - row >= 2:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    2,
-                    TILE_LANES,
-                    True,
-                )
-                row += 2
-            if rows - row == 1:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    1,
-                    TILE_LANES,
-                    True,
-                )
-        else:
-            row = 0
-            while rows - row >= TILE_ROWS:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    TILE_ROWS,
-                    TILE_LANES,
-                    False,
-                )
-                row += TILE_ROWS
-            if rows - row >= 4:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    4,
-                    TILE_LANES,
-                    False,
-                )
-                row += 4
-            if rows - row >= 2:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    2,
-                    TILE_LANES,
-                    False,
-                )
-                row += 2
-            if rows - row == 1:
-                accumulate(
-                    x,
-                    first + row * stride,
-                    stride,
-                    w,
-                    at,
-                    width,
-                    out,
-                    to + row * pitch,
-                    pitch,
-                    depth,
-                    1,
-                    TILE_LANES,
-                    False,
-                )
+        row, source = 0, first
+        while rows - row >= TILE_ROWS:
+            accumulate(x, source, stride, w, at, width, out, to, pitch, depth, TILE_ROWS, TILE_LANES)
+            row, source, to = row + TILE_ROWS, source + TILE_ROWS * stride, to + TILE_ROWS * pitch
+        while rows - row >= 2:
+            accumulate(x, source, stride, w, at, width, out, to, pitch, depth, 2, TILE_LANES)
+            row, source, to = row + 2, source + 2 * stride, to + 2 * pitch
+        if rows - row == 1:
+            accumulate(x, source, stride, w, at, width, out, to, pitch, depth, 1, TILE_LANES)
 
 
 def _many(bits: int) -> Callable[..., None]:
@@ -227,9 +95,10 @@ def _many(bits: int) -> Callable[..., None]:
     def many_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
         rows, columns = x.shape
         width = out.shape[1]
+        flat, result = x.reshape(-1), out.reshape(-1)
         for thread in prange(threads):
             scratch = np.empty(DEPTH * WIDE + 16, np.float32)
-            skew = (64 - scratch.ctypes.data % 64) // 4 % 16
+            line = (64 - scratch.ctypes.data % 64) // 4 % 16
             top, bottom = share(rows, thread, threads)
             for panel in range(0, width // PANEL, 2):
                 for begin in range(0, columns, DEPTH):
@@ -237,37 +106,17 @@ def _many(bits: int) -> Callable[..., None]:
                     column = begin
                     while column < end:
                         stop = min((column // group + 1) * group, end)
-                        at = skew + (column - begin) * WIDE
-                        expand(codes, affine, panel, columns, group, column, stop, scratch, at, WIDE, bits)
-                        expand(
-                            codes,
-                            affine,
-                            panel + 1,
-                            columns,
-                            group,
-                            column,
-                            stop,
-                            scratch,
-                            at + PANEL,
-                            WIDE,
-                            bits,
-                        )
+                        at = line + (column - begin) * WIDE
+                        for side in range(2):
+                            expand(
+                                codes, affine, panel + side, columns, group, column, stop,
+                                scratch, at + side * PANEL, WIDE, bits,
+                            )  # fmt: skip
                         column = stop
                     multiply(
-                        x,
-                        top * columns + begin,
-                        columns,
-                        scratch,
-                        skew,
-                        WIDE,
-                        out,
-                        top * width + panel * PANEL,
-                        width,
-                        bottom - top,
-                        end - begin,
-                        WIDE,
-                        begin == 0,
-                    )
+                        flat, top * columns + begin, columns, scratch, line, WIDE,
+                        result, top * width + panel * PANEL, width, bottom - top, end - begin, WIDE, begin == 0,
+                    )  # fmt: skip
 
     return many_rows
 

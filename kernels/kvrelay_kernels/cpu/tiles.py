@@ -208,14 +208,12 @@ def accumulate(
     depth: Any,
     rows: Any,
     lanes: Any,
-    fresh: Any,
 ) -> Any:
-    """`out[rows, lanes] (+)= x[rows, depth] @ w[depth, lanes]`, all float32, summed over depth in order.
+    """`out[rows, lanes] += x[rows, depth] @ w[depth, lanes]`, all float32, summed over depth in order.
 
-    Each matrix is given by its first element and the distance of its rows. `rows`, `lanes` and `fresh`
-    (start from zero rather than from `out`) are constants.
+    Each matrix is given by its first element and the distance of its rows. `rows` and `lanes` are constants.
     """
-    rows_, lanes_, fresh_ = rows.literal_value, lanes.literal_value, fresh.literal_value
+    rows_, lanes_ = rows.literal_value, lanes.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         (x_, first_, stride_, w_, start_, width_, out_, target_, pitch_, depth_, *_) = args
@@ -228,10 +226,8 @@ def accumulate(
             vector.offset(builder, out_at, builder.mul(pitch_, word(row)), FLOAT) for row in range(rows_)
         ]
         sums = Registers(builder, rows_, lanes_)
-        sums.clear()
-        if not fresh_:
-            for row, line in enumerate(lines):
-                sums[row] = vector.load(builder, line, lanes_)
+        for row, line in enumerate(lines):
+            sums[row] = vector.load(builder, line, lanes_)
 
         def column(index: Any) -> None:
             weight = vector.load(
@@ -248,4 +244,4 @@ def accumulate(
         return context.get_dummy_value()
 
     whole = (types.intp, types.intp)
-    return types.void(x, *whole, w, *whole, out, *whole, types.intp, rows, lanes, fresh), generate
+    return types.void(x, *whole, w, *whole, out, *whole, types.intp, rows, lanes), generate

@@ -96,7 +96,9 @@ def totals(builder: Any, four: list[Any]) -> Any:
     """The sums of the lanes of four vectors, as one vector: halves are added, two vectors in one."""
 
     def shuffled(a: Any, b: Any, order: list[int]) -> Any:
-        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), [INT(i) for i in order]))
+        return builder.shuffle_vector(
+            a, b, ir.Constant(ir.VectorType(INT, len(order)), [INT(i) for i in order])
+        )
 
     def halved(a: Any, b: Any) -> Any:
         """`[a's halves added | b's halves added]`, as wide as one of them."""
@@ -217,6 +219,13 @@ def interleave(builder: Any, value: Any) -> Any:
     half = value.type.count // 2
     order = [INT(lane // 2 + (lane % 2) * half) for lane in range(2 * half)]
     return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT, 2 * half), order))
+
+
+def separate(builder: Any, value: Any) -> Any:
+    """Even lanes first, then odd ones: the order of `widen`'s nibbles."""
+    lanes = value.type.count
+    order = [INT(lane) for lane in (*range(0, lanes, 2), *range(1, lanes, 2))]
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT, lanes), order))
 
 
 def nearest(builder: Any, value: Any) -> Any:

@@ -26,18 +26,14 @@ class LaunchShape:
     """How the work is spread: chosen by measurement (docs/kernels.md)."""
 
     warps: int = 8
-    stages: int = 4
+    stages: int = 2
     """Tiles a warp holds in shared memory: one in work, the others on their way."""
-    tile: int = 16
+    tile: int = 32
     """Tokens of one step of a warp."""
     blocks_per_sm: int = 1
-    """Thread blocks wanted on one multiprocessor; fewer run where shared memory or registers do not allow them."""
-    small_from: int = 48
-    """Units (one block of one KV head) a thread block from which on small ranges are handed out while running."""
-    large_parts: tuple[int, int] = (512, 320)
-    """What the two large ranges of each thread block take, in 1024ths; small ranges take the rest."""
-    small_ranges: int = 8
-    """Small ranges a thread block."""
+    """Thread blocks wanted on a multiprocessor; fewer run where shared memory or registers are short."""
+    begin_cost: int = 6
+    """What beginning a KV head costs a thread block, in blocks of 64 tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,9 @@ class DecodeProblem:
     def __post_init__(self) -> None:
         fmt, spec = self.layout.format, self.spec
         if self.layout.head_dim not in HEAD_DIMS:
-            raise FormatUnsupported(f"decode attention runs head dimensions {HEAD_DIMS}, not {self.layout.head_dim}")
+            raise FormatUnsupported(
+                f"decode attention runs head dimensions {HEAD_DIMS}, not {self.layout.head_dim}"
+            )
         if fmt.bits not in (0, 4, 8):
             raise FormatUnsupported(f"decode attention on CUDA cannot read the format {fmt.name}")
         if not fmt.quantized and fmt.element != self.element:
@@ -112,10 +110,10 @@ class DecodeProblem:
 
 
 class DecodeAttention:
-    """Attention of a few query rows a sequence over a paged cache. One instance a problem; owns its workspace.
+    """Attention of a few query rows a sequence over a paged cache. One instance a problem, with its workspace.
 
-    `attach` comes first; then a step calls `plan` once and the instance for each layer. The workspace is sized for `sequences`; neither
-    call allocates or waits, so both can be captured in a graph.
+    `attach` comes first; then a step calls `plan` once and the instance for each layer. The workspace is sized
+    for `sequences`; neither call allocates or waits, so both can be captured in a graph.
     """
 
     def __init__(
@@ -141,13 +139,12 @@ class DecodeAttention:
             raise FormatUnsupported(f"{shape} needs {self._shared} bytes of shared memory")
         processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.blocks = processors * min(fitting, shape.blocks_per_sm)
-        self._ranges = self.blocks * (2 + shape.small_ranges)
         self._heads = problem.spec.kv_heads * problem.query_tiles
-        slots = self._ranges + sequences * self._heads
+        slots = self.blocks + sequences * self._heads
         queries = min(problem.queries, problem.query_tile)
         self._partials = cupy.empty((slots, queries, problem.spec.head_dim), np.float32)
         self._stats = cupy.empty((slots, queries, 2), np.float32)
-        self._arrivals = cupy.zeros(1 + sequences * self._heads, np.uint32)
+        self._arrivals = cupy.zeros(sequences * self._heads, np.uint32)
         self._plan = cupy.zeros(4 + 8 * slots + sequences, np.int32)
         self._planned = 0
         self._arena: Any = None
@@ -157,7 +154,9 @@ class DecodeAttention:
         """Take `arena`, `[layers, blocks, block_bytes]` uint8 and contiguous, as the cache to read."""
         layout = self.problem.layout
         if arena.ndim != 3 or arena.shape[2] != layout.block_bytes:
-            raise ValueError(f"an arena of {layout} is [layers, blocks, {layout.block_bytes}], not {arena.shape}")
+            raise ValueError(
+                f"an arena of {layout} is [layers, blocks, {layout.block_bytes}], not {arena.shape}"
+            )
         box = self.shape.tile * layout.frames[0].nbytes // (BLOCK_TOKENS * layout.kv_heads) // ROW_BYTES
         self._map = tensor_map(arena.data.ptr, arena.nbytes, box)
         self._arena = arena
@@ -172,11 +171,10 @@ class DecodeAttention:
         if lengths.shape[0] > self.sequences:
             raise ValueError(f"{lengths.shape[0]} sequences do not fit a workspace for {self.sequences}")
         self._planned = lengths.shape[0]
-        first, second = self.shape.large_parts
         args = (
             lengths, *map(np.int32, (
                 self._planned, self.problem.rows, self.problem.spec.window or 0, self._heads, self.blocks,
-                self._ranges, self.shape.small_from, first, second,
+                self.shape.begin_cost,
             )), self._plan,
         )  # fmt: skip
         self._plan_kernel((1,), (512,), args, shared_mem=4 * (self._planned + 1))
@@ -188,29 +186,42 @@ class DecodeAttention:
             q: `[sequences * rows, heads, head_dim]`, contiguous, 16-bit; row r of a sequence is its token
                 `lengths - rows + r`.
             layer: whose keys and values to read.
-            tables: `[sequences, n]` int32, arena blocks in order; entries past a sequence's length are not read.
+            tables: `[sequences, n]` int32, arena blocks in order; entries past a length are not read.
             out: as `q`.
         """
         layer_bytes = self._arena.shape[1] * self._arena.shape[2]
         args = (
-            q, self._map, self._arena.data.ptr + layer * layer_bytes, np.int32(layer * layer_bytes // ROW_BYTES),
+            q, self._map,
+            self._arena.data.ptr + layer * layer_bytes, np.int32(layer * layer_bytes // ROW_BYTES),
             tables, self._plan, out, self._partials, self._stats, self._arrivals,
-            np.int32(tables.strides[0] // 4), np.int32(self._ranges), np.int32(self._planned),
+            np.int32(tables.strides[0] // 4), np.int32(self._planned),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
         )  # fmt: skip
         self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
 
 
+# Measured on an H200 (docs/kernels.md): (bits of an element, head dimension) -> warps, stages, tile.
+_MEASURED = {
+    (16, 64): (8, 2, 32),
+    (16, 128): (8, 2, 16),
+    (16, 256): (4, 2, 16),
+    (8, 64): (8, 2, 32),
+    (8, 128): (12, 2, 16),
+    (8, 256): (4, 3, 16),
+    (4, 64): (16, 2, 64),
+    (4, 128): (8, 2, 64),
+    (4, 256): (8, 2, 32),
+}
+_BEGIN_COST = {16: 4, 8: 6, 4: 12}
+
+
 def launch_shape(problem: DecodeProblem) -> LaunchShape:
-    """The measured choice for a problem (docs/kernels.md holds the sweep), fitted into shared memory."""
+    """The measured choice for a problem, with as many warps as fit into shared memory and registers."""
     bits = problem.layout.format.bits or 16
-    row_bytes = problem.spec.head_dim * bits // 8
-    # A box of the copy engine begins at a multiple of 1024 bytes.
-    tile = next(tile for tile in (16, 32, 64) if tile * row_bytes >= 2048 and tile * row_bytes % 1024 == 0)
-    shape = LaunchShape(warps=8, stages=3, tile=tile)
+    warps, stages, tile = _MEASURED.get((bits, problem.spec.head_dim), (8, 2, 64 if bits == 4 else 32))
+    if problem.query_tile == 16:
+        warps = min(warps, 8)
+    shape = LaunchShape(warps, stages, tile, begin_cost=_BEGIN_COST[bits])
     while problem.shared_bytes(shape) > SHARED_BYTES:
-        if shape.stages > 2:
-            shape = replace(shape, stages=shape.stages - 1)
-        else:
-            shape = replace(shape, warps=shape.warps - 1, stages=3)
+        shape = replace(shape, warps=shape.warps - 1)
     return shape

@@ -1,4 +1,4 @@
-"""Kernels by key: source, constants and architecture name a cubin, kept in memory and on disk; the device loads it once."""
+"""Kernels by key: source, constants and architecture name a cubin, kept on disk and loaded once."""
 
 import hashlib
 import os
@@ -34,12 +34,24 @@ class KernelKey:
     @property
     def options(self) -> list[str]:
         """NVRTC's command line."""
-        return ["--std=c++17", "-default-device", f"--gpu-architecture={self.arch}", *[f"-D{name}={value}" for name, value in self.constants]]
+        return [
+            "--std=c++17",
+            "-default-device",
+            f"--gpu-architecture={self.arch}",
+            *[f"-D{name}={value}" for name, value in self.constants],
+        ]
 
     @property
     def digest(self) -> str:
         """Hash over the key, every source text and the compiler's version."""
-        parts = [*self.options, nvrtc.version(), self.source, *_headers(), *_headers().values(), _text(self.source)]
+        parts = [
+            *self.options,
+            nvrtc.version(),
+            self.source,
+            *_headers(),
+            *_headers().values(),
+            _text(self.source),
+        ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -88,12 +100,14 @@ class KernelCache:
             module.load(self.cubin(key))
             self._loaded[key] = module.get_function(key.source)
         kernel = self._loaded[key]
-        driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        driver.funcSetAttribute(
+            kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+        )
         return kernel
 
 
 def device_arch() -> str:
-    """Architecture to compile for on the current device: `sm_90a` on Hopper, which has instructions of its own."""
+    """Architecture to compile for on the current device: `sm_90a` on Hopper, with its own instructions."""
     import cupy
 
     capability = cupy.cuda.Device().compute_capability

@@ -1,4 +1,4 @@
-"""What the GPU's bulk copy engine has to know of an arena: `cuTensorMapEncodeTiled` of the driver, through ctypes."""
+"""What the bulk copy engine has to know of an arena: the driver's `cuTensorMapEncodeTiled`, through ctypes."""
 
 import ctypes
 from functools import cache
@@ -23,7 +23,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def tensor_map(address: int, nbytes: int, box_rows: int) -> Any:
-    """A tensor map on the device (`[128]` uint8) of `nbytes` bytes from `address` on, in boxes of `box_rows` rows.
+    """A tensor map on the device (`[128]` uint8) of `nbytes` bytes at `address`, in boxes of `box_rows` rows.
 
     Source: CUDA driver API, tensor map object management.
 

@@ -46,7 +46,11 @@ def _attend_alike(
     seen = keys <= rows
     if spec.window is not None:
         seen &= keys > rows - spec.window
-    k, v = (arena.gather(layer, side, mx.array(tables)).astype(q.dtype) for side in ("k", "v"))
+    # What lies behind a sequence's end may be anything, NaN too, which no probability of 0 would cancel.
+    written = mx.array(keys < batch.lengths[members][:, None, None])[..., None]
+    k, v = (
+        mx.where(written, arena.gather(layer, side, mx.array(tables)), 0).astype(q.dtype) for side in "kv"
+    )
     shape = (len(members), positions.shape[1], spec.heads, spec.head_dim)
     heads = q[first:last].reshape(shape).swapaxes(1, 2)
     out = mx.fast.scaled_dot_product_attention(heads, k, v, scale=spec.scale, mask=mx.array(seen[:, None]))

@@ -11,10 +11,10 @@ struct Arguments {
     const int* tables;   // [sequences, table_stride]
     const Header* plan;  // what decode_plan wrote
     u16* out;            // as q
-    float* partials;     // [max_ranges + sequences * heads, tile_queries, head_dim]
-    float2* stats;       // [max_ranges + sequences * heads, tile_queries]: peak (log2), sum
-    u32* arrivals;       // [1 + sequences * heads], zero between launches; the first counts small ranges
-    int table_stride, max_ranges;
+    float* partials;     // [ranges + sequences * heads, tile_queries, head_dim]
+    float2* stats;       // [ranges + sequences * heads, tile_queries]: peak (log2), sum
+    u32* arrivals;       // [sequences * heads], zero between launches
+    int table_stride, ranges;
     float scale_log2;    // softmax scale * log2(e), times the unit of scores
     int window;          // 0: none
 };

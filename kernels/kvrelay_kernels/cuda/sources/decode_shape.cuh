@@ -45,7 +45,7 @@ constexpr int area_bytes = warps * tile_queries * area_pitch * 4;
 constexpr int area_at = barriers_at + (warps * stages * 8 + 15) / 16 * 16;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
-constexpr int claim_at = sums_at + warps * query_tile * 4;
+constexpr int flag_at = sums_at + warps * query_tile * 4;
 static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && v_at % 1024 == 0 && k_codes % 128 == 0 && v_codes % 128 == 0);
 
 // The head dimension that row `lane / 4` of output step `step` stands for, and the distance to row `lane / 4 + 8`.

@@ -158,6 +158,13 @@ DEVICE u32 pack(float low, float high) {
     return r;
 }
 
+// Counts up to `limit` and starts over; what this thread block wrote before is visible to whoever arrives later.
+DEVICE u32 arrive(u32* counter, u32 limit) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(limit) : "memory");
+    return old;
+}
+
 // Reads of what other blocks of the same launch wrote: past the first-level cache.
 DEVICE float4 load_fresh(const float4* p) {
     float4 v;

@@ -1,9 +1,8 @@
 // Who does what, decided once a step by `decode_plan` and read by every layer's attention.
 //
-// All (sequence, head, block) units of a batch lie in one row, which is cut into ranges. Thread block c works on range
-// c, then on range c + blocks, then on whatever small range is left: multiprocessors differ in speed by a quarter, and
-// equal shares would wait for the slowest. The cut itself depends on lengths alone, and so do the results: a head that
-// lies in several ranges is added up in their order, by whichever thread block arrives last.
+// The (sequence, head, block) units of a batch lie in one row, which is cut into equal ranges, one a thread block;
+// beginning a head costs as much as a few units and is counted as such. The cut depends on lengths alone, and so do the
+// results: a head that lies in several ranges is added up in their order, by whichever thread block arrives last.
 #pragma once
 #include "primitives.cuh"
 
@@ -13,18 +12,17 @@ struct Range {
 
 // What one range has of one head.
 struct __align__(16) Piece {
-    int sequence, head;           // head: kv head * query tiles + query tile
-    int length, first_block;      // of the sequence; the first of the piece's blocks in it
-    int blocks;                   // 0: there is nothing (more) to do
-    int first_range, pieces;      // ranges that share this head: pieces of them from first_range on
-    int next;                     // the range's next piece, or -1
+    int sequence, head;       // head: kv head * query tiles + query tile
+    int length, first_block;  // of the sequence; the first of the piece's blocks in it
+    int blocks;               // 0: there is nothing to do
+    int first_range, pieces;  // ranges that share this head: `pieces` of them from first_range on
+    int next;                 // the range's next piece, or -1
 };
 
-// The plan: a header, then the first piece of each range, then a piece for each head that begins inside a range.
+// The plan: a header, then the first piece of each range, then a piece for each head that begins inside a range, then
+// the sequences without tokens.
 struct __align__(16) Header {
-    int small_ranges;  // ranges that are handed out while running
-    int empty;         // sequences without tokens; the list of them follows the pieces
-    int units, unused;
+    int empty, unused[3];
 };
 
 DEVICE Piece load_piece(const Header* plan, int index) {
@@ -38,19 +36,3 @@ DEVICE Range visible_blocks(int length, int rows, int window, int block_tokens) 
     const int first = window > 0 ? max(length - rows + 1 - window, 0) : 0;
     return {first / block_tokens, (length + block_tokens - 1) / block_tokens};
 }
-
-// `units` units from `start` on in `ranges` almost equal ranges; the first `extra` have one unit more.
-struct Cut {
-    int start, ranges, share, extra;
-
-    DEVICE Cut(int start, int units, int ranges)
-        : start(start), ranges(ranges), share(ranges ? units / ranges : 0), extra(ranges ? units % ranges : 0) {}
-    DEVICE Range range(int index) const {
-        const int begin = start + index * share + min(index, extra);
-        return {begin, begin + share + (index < extra)};
-    }
-    DEVICE int owner(int unit) const {
-        const int wide = extra * (share + 1), within = unit - start;
-        return within < wide ? within / (share + 1) : extra + (within - wide) / share;
-    }
-};
