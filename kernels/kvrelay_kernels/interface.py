@@ -47,7 +47,7 @@ class StepBatch:
     logit_rows: NDArray[np.int32]
     """`[n]`: the rows whose logits are wanted."""
     read: NDArray[np.bool_] | None = None
-    """`[sequences]`: which sequences are read as prompts, in tiles; the others, of one row each, are written on.
+    """`[sequences]`: which sequences are read as prompts, in tiles; the others have one row each.
 
     The two may sum attention in another order. A token goes the same way whenever it is computed anew, so
     that an answer goes on after a fault with the same bits. None: sequences with several rows are prompts.
@@ -88,7 +88,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Cosines and sines, `[context, rotated / 2]`, of the rotate-half convention: element i pairs with i + rotated/2."""
+    """Cosines and sines, `[context, rotated / 2]`: element i is turned with element i + rotated / 2."""
 
     cos: Array
     sin: Array
@@ -96,7 +96,7 @@ class RopeTable:
 
 @dataclass
 class BlockCounts:
-    """Score tiles (one query tile x one KV block) that attention met, to show that masked ones cost nothing."""
+    """Score tiles (a query tile x a KV block) that attention met: the masked ones cost nothing."""
 
     computed: int = 0
     skipped: int = 0
@@ -110,7 +110,7 @@ class Arena(Protocol):
     blocks: int
 
     def read_block(self, layer: int, block: int) -> memoryview:
-        """The `layout.block_bytes` bytes of a block, as they go on the wire; a view where memory is the host's."""
+        """The bytes of a block, as they go on the wire; a view where memory is the host's."""
         ...
 
     def write_block(self, layer: int, block: int, payload: memoryview) -> None:
@@ -126,7 +126,9 @@ class Backend(Protocol):
     """What an unquantized cache holds on this backend."""
     counts: BlockCounts
 
-    def load_linear(self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None) -> Linear:
+    def load_linear(
+        self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None
+    ) -> Linear:
         """Pack the parts, rows below each other, as one matrix `[sum of rows, columns]`."""
         ...
 
@@ -168,8 +170,9 @@ class Backend(Protocol):
         rope: RopeTable,
         norms: tuple[Array, Array, float] | None,
     ) -> Array:
-        """Norm (`(q weight, k weight, eps)`, per head), rope q and k, quantize k and v into the arena's blocks.
+        """Norm and rope q and k, quantize k and v into the arena's blocks.
 
+        `norms` are `(q weight, k weight, eps)`, applied to each head; None: none.
         `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`; returns q, `[rows, heads * head_dim]`.
         Row r of sequence s at position p lands in block `block_tables[s, p // 64]` at token p % 64.
         """

@@ -10,8 +10,13 @@ from control_plane.config import load
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """An embedded cluster."""
+    """An embedded cluster, started as in a container without a home folder."""
     cluster = Cluster(load())
-    cluster.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", "/nonexistent")
+        cluster.start()
     yield cluster
+    folder = cluster.folder
     cluster.stop()
+    assert folder is not None
+    assert not folder.exists()

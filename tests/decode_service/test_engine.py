@@ -7,11 +7,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from kvrelay.errors import Draining, Internal, InvalidArgument, LeaseLost, PromptTooLong, QueueFull
 from kvrelay.rpc import error_of_call
 from kvrelay.v1.sampling_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, SamplingParams
 from kvrelay.v1.worker_pb2 import DrainRequest
-
 from tests.pools import decode_worker, prefill_worker, relay, until
 from tests.tiny_model import EOS, POISON
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from kvrelay.errors import NoWorker, TransportLost
 
 from kv_transfer.embedded import EmbeddedServer
+from kvrelay.errors import NoWorker, TransportLost
 from tests.served import serve
 
 PROMPT = "The old lighthouse keeper said that"

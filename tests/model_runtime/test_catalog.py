@@ -127,7 +127,9 @@ def test_a_cut_file_in_the_cache_is_fetched_again(little: KnownModel, tmp_path: 
     cut = tmp_path / "little" / "little.gguf"
     cut.parent.mkdir()
     cut.write_bytes(CONTENT[:5])
+    (cut.parent / ".fetching-killed").mkdir()
     assert pull(little.name, tmp_path).read_bytes() == CONTENT
+    assert sorted(path.name for path in cut.parent.iterdir()) == [".lock", "little.gguf"]
 
 
 def test_files_and_folders(tmp_path: Path) -> None:

@@ -168,6 +168,11 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
     assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "<s>hi"
     assert tokenizer.decode([150]) == ""
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens([f"<image{number}>" for number in range(200)])
+    library.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InvalidArgument, match="'<image199>', which this model cannot read"):
+        load_tokenizer(load_model(folder)).encode("ab<image199>")
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ModelFileInvalid, match=r"tokenizer\.json is broken"):
         load_tokenizer(load_model(folder))

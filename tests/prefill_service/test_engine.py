@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+
 from kvrelay.errors import (
     Draining,
     Internal,
@@ -18,7 +19,6 @@ from kvrelay.rpc import error_of_call
 from kvrelay.v1.prefill_pb2 import Lease
 from kvrelay.v1.sampling_pb2 import SamplingParams
 from kvrelay.v1.worker_pb2 import DrainRequest
-
 from tests.pools import Prefill, decode_worker, prefill_worker, relay, until
 from tests.tiny_model import CONTEXT, POISON, write_tiny_model
 

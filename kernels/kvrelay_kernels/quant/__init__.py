@@ -1,4 +1,4 @@
-"""Cache formats, the layout of a KV block, and weights in affine form: bytes that every backend reads alike."""
+"""Cache formats, block layout, and weights in affine form: bytes that every backend reads alike."""
 
 from kvrelay_kernels.quant.formats import CacheFormat, parse_format
 from kvrelay_kernels.quant.layout import BLOCK_TOKENS, BlockLayout, Frame

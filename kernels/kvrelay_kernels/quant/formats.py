@@ -57,5 +57,7 @@ def parse_format(name: str, head_dim: int, element: Element = "float32") -> Cach
     fitting = [group for group in GROUPS if head_dim % group == 0]
     group = int(match["group"]) if match["group"] else max(fitting, default=0)
     if group not in fitting:
-        raise FormatUnsupported(f"KV format {name!r}: no group of {group or GROUPS} divides head dimension {head_dim}")
+        raise FormatUnsupported(
+            f"KV format {name!r}: no group of {group or GROUPS} divides head dimension {head_dim}"
+        )
     return CacheFormat(base, AFFINE_BITS[base], group)

@@ -76,5 +76,6 @@ class BlockLayout:
     @cached_property
     def fingerprint(self) -> int:
         """64-bit hash of everything that decides how the bytes are read."""
-        text = f"kvrelay-layout-1|{self.format.name}|{self.format.element}|{self.kv_heads}|{self.head_dim}|{BLOCK_TOKENS}"
-        return xxhash.xxh3_64_intdigest(text.encode())
+        fmt = self.format
+        parts = ("kvrelay-layout-1", fmt.name, fmt.element, self.kv_heads, self.head_dim, BLOCK_TOKENS)
+        return xxhash.xxh3_64_intdigest("|".join(map(str, parts)).encode())

@@ -1,4 +1,4 @@
-"""Weights in affine form: what GGUF's block types become without losing a bit, and what float weights are rounded to."""
+"""Weights in affine form: what GGUF's block types become, losslessly, and floats are rounded to."""
 
 from dataclasses import dataclass
 
