@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.cpu.products import TILE_LANES, TILE_ROWS, multiply
 from kvrelay_kernels.interface import AttentionSpec, RopeTable, StepBatch
@@ -58,7 +59,21 @@ def _sum(x: np.ndarray) -> float:
 def _multiply_adds(x: np.ndarray, w: np.ndarray, out: np.ndarray, times: int, threads: int) -> None:
     for thread in numba.prange(threads):
         for _ in range(times):
-            multiply(x[thread], 0, 128, w[thread], 0, TILE_LANES, out[thread], 0, TILE_LANES, TILE_ROWS, 128, TILE_LANES, True)
+            multiply(
+                x[thread],
+                0,
+                128,
+                w[thread],
+                0,
+                TILE_LANES,
+                out[thread],
+                0,
+                TILE_LANES,
+                TILE_ROWS,
+                128,
+                TILE_LANES,
+                True,
+            )
 
 
 def _times(call: Callable[[], object], seconds: float, calls: int = 1) -> tuple[float, float]:
@@ -90,7 +105,14 @@ def _batch(lengths: list[int], new: int) -> StepBatch:
     tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)
     positions = np.concatenate([np.arange(length - new, length) for length in lengths]).astype(np.int32)
     starts = (np.arange(count + 1) * new).astype(np.int32)
-    return StepBatch(np.zeros(count * new, np.int32), positions, starts, np.array(lengths, np.int32), tables, starts[1:] - 1)
+    return StepBatch(
+        np.zeros(count * new, np.int32),
+        positions,
+        starts,
+        np.array(lengths, np.int32),
+        tables,
+        starts[1:] - 1,
+    )
 
 
 class Bench:
@@ -108,12 +130,21 @@ class Bench:
         return self.rng.standard_normal(shape, np.float32)
 
     def add(
-        self, operation: str, rows: int, per_step: int, nbytes: float, flops: float, call: Callable[[], object], calls: int
+        self,
+        operation: str,
+        rows: int,
+        per_step: int,
+        nbytes: float,
+        flops: float,
+        call: Callable[[], object],
+        calls: int,
     ) -> None:
         """Time `calls` calls made by `call`, each of so many bytes and operations."""
         best, median = _times(call, self.seconds, calls)
         floor = max(nbytes / self.bandwidth, flops / self.flops)
-        self.results.append(Result(operation, rows, per_step, best, median, floor, nbytes / best / 1e9, flops / best / 1e9))
+        self.results.append(
+            Result(operation, rows, per_step, best, median, floor, nbytes / best / 1e9, flops / best / 1e9)
+        )
 
     def linears(self) -> None:
         """Matrix products for 1, 8 and 512 rows."""
@@ -129,7 +160,8 @@ class Bench:
                 nbytes, flops = packed[0].nbytes, 2.0 * count * rows * columns
                 self.add(
                     f"linear {name}", count, per_step, nbytes, flops,
-                    lambda x=x, packed=packed: [self.backend.linear(x, weight) for weight in packed], len(packed),
+                    lambda x=x, packed=packed: [self.backend.linear(x, weight) for weight in packed],
+                    len(packed),
                 )  # fmt: skip
 
     def attentions(self, kv_format: str) -> None:
@@ -143,14 +175,23 @@ class Bench:
         for layer in range(LAYERS):
             self.backend.rope_append(values, fill, arena, layer, SPEC, rope, None)
         token_bytes = layout.block_bytes / BLOCK_TOKENS
-        for lengths, new in (([513], 1), ([2049], 1), ([513] * 8, 1), ([2049] * 8, 1), ([512], 512), ([2048], 512)):
+        for lengths, new in (
+            ([513], 1),
+            ([2049], 1),
+            ([513] * 8, 1),
+            ([2049] * 8, 1),
+            ([512], 512),
+            ([2048], 512),
+        ):
             batch = _batch(lengths, new)
             qkv, q = values[: batch.rows], self.floats(batch.rows, HEADS * HEAD_DIM)
             keys = sum((2 * length - new + 1) / 2 * new for length in lengths)
             self.add(
-                f"rope_append {kv_format}", batch.rows, LAYERS, qkv.nbytes + q.nbytes + batch.rows * token_bytes, 0,
+                f"rope_append {kv_format}", batch.rows, LAYERS,
+                qkv.nbytes + q.nbytes + batch.rows * token_bytes, 0,
                 lambda qkv=qkv, batch=batch: [
-                    self.backend.rope_append(qkv, batch, arena, layer, SPEC, rope, None) for layer in range(LAYERS)
+                    self.backend.rope_append(qkv, batch, arena, layer, SPEC, rope, None)
+                    for layer in range(LAYERS)
                 ], LAYERS,
             )  # fmt: skip
             self.add(
@@ -165,22 +206,32 @@ class Bench:
         """Norms, gates and embedding."""
         weight = self.floats(HIDDEN)
         table = self.backend.load_linear([self.floats(VOCABULARY, HIDDEN)], "int8")
+        backend = self.backend
         for rows in (1, 8, 512):
             x, y, wide = self.floats(rows, HIDDEN), self.floats(rows, HIDDEN), self.floats(rows, 2 * FFN)
             ids = self.rng.integers(0, VOCABULARY, rows).astype(np.int32)
-            backend = self.backend
             self.add("rms_norm", rows, 1, 2 * x.nbytes, 0, lambda x=x: backend.rms_norm(x, weight, 1e-5), 1)
             self.add(
                 "add_rms_norm", rows, 2 * LAYERS, 4 * x.nbytes, 0,
                 lambda x=x, y=y: backend.add_rms_norm(x, y, weight, 1e-5), 1,
             )  # fmt: skip
-            self.add("gate silu", rows, LAYERS, 1.5 * wide.nbytes, 0, lambda wide=wide: backend.gate(wide, "silu"), 1)
+            self.add(
+                "gate silu",
+                rows,
+                LAYERS,
+                1.5 * wide.nbytes,
+                0,
+                lambda wide=wide: backend.gate(wide, "silu"),
+                1,
+            )
             self.add("embed", rows, 1, 2 * x.nbytes, 0, lambda ids=ids: backend.embed(table, ids, 1.0), 1)
 
 
 def main() -> None:
     """Run all, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="per operation")
     parser.add_argument("--formats", nargs="+", default=["int8"])
@@ -192,11 +243,15 @@ def main() -> None:
     for kv_format in options.formats:
         bench.attentions(kv_format)
     bench.elementwise()
-    print(f"{'operation':28} {'rows':>4} {'best us':>9} {'median':>9} {'GB/s':>6} {'GFLOP/s':>7} {'of floor':>8} {'ms/step':>7}")
+    print(
+        f"{'operation':28} {'rows':>4} {'best us':>9} {'median':>9} "
+        f"{'GB/s':>6} {'GFLOP/s':>7} {'of floor':>8} {'ms/step':>7}"
+    )
     for r in bench.results:
         print(
-            f"{r.operation:28} {r.rows:4} {r.best * 1e6:9.1f} {r.median * 1e6:9.1f} {r.gigabytes_per_second:6.1f} "
-            f"{r.gigaflops:7.0f} {r.floor / r.best:8.0%} {r.best * r.calls_per_step * 1e3:7.2f}"
+            f"{r.operation:28} {r.rows:4} {r.best * 1e6:9.1f} {r.median * 1e6:9.1f} "
+            f"{r.gigabytes_per_second:6.1f} {r.gigaflops:7.0f} {r.floor / r.best:8.0%} "
+            f"{r.best * r.calls_per_step * 1e3:7.2f}"
         )
     if options.out:
         report = {

@@ -1,10 +1,11 @@
-"""Decode attention on the GPU by format, batch and length, with accuracy, bandwidth and torch's cuDNN beside it.
+"""Decode attention on the GPU by format, batch and length: time, accuracy, bandwidth, torch's cuDNN beside.
 
     python benchmarks/decode_attention.py [--quick] [--commit NAME]
 
-Times are of one layer's attention under CUDA-graph replay. The layers of one arena take turns (same block tables
-and lengths, other bytes, together beyond the second-level cache); blocks lie in random order. GB/s count the bytes
-that must be read: codes, scales and biases of the tokens there are. Writes results/h200/decode_attention.json.
+Times are of one layer's attention under CUDA-graph replay; the plan of a step, made once for all layers, is
+timed apart. The layers of one arena take turns (same tables and lengths, other bytes, together beyond the
+second-level cache); blocks lie in random order. GB/s count the bytes that must be read: codes, scales and
+biases of the tokens there are. Writes results/h200/decode_attention.json.
 """
 
 import argparse
@@ -322,7 +323,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     print(
-        "format    heads      case                 us    least     most   GB/s of read    error cuDNN bf16  times"
+        "format    heads      case                 us    least     most   GB/s of read    error  cuDNN  times"
     )
     work = [(fmt, (32, 8), 128, cases) for fmt in formats]
     work += [
@@ -339,7 +340,7 @@ def main() -> None:
             times = row["microseconds"]
             median, least, most = (f"{times[name]:8.1f}" for name in ("median", "least", "most"))
             speed = f"{row['bytes_per_second'] / 1e9:6.0f} {row['fraction_of_read']:7.1%}"
-            beside = f"{peer.median:10.1f} {peer.median / times['median']:6.2f}" if peer else ""
+            beside = f"{peer.median:6.1f} {peer.median / times['median']:6.2f}" if peer else ""
             name = f"{row['format']:9} {row['heads']:10} {case.name:14}"
             print(f"{name} {median} {least} {most} {speed} {row['relative_error']:8.1e} {beside}", flush=True)
         del bench

@@ -10,10 +10,8 @@ from typing import Annotated, Any
 import grpc.aio
 import typer
 
-from control_plane.commands.flags import with_settings
-from control_plane.commands.generate import Address
+from control_plane.commands.flags import Target, with_target
 from control_plane.commands.session import client_of
-from control_plane.config import KvrelayConfig
 from kvrelay.errors import InvalidArgument, KvrelayError
 from kvrelay.rpc import CHANNEL_OPTIONS, error_of_call
 from kvrelay.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -37,20 +35,18 @@ class Seen:
     error: str | None = None
 
 
-@with_settings()
+@with_target
 def bench(
     *,
-    config: KvrelayConfig,
-    verbose: bool,
+    target: Target,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt, of random tokens.")] = 512,
     output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    address: Address = None,
 ) -> None:
     """Measure time to first token, time between tokens and throughput; prints one JSON object."""
-    with client_of(address, config, verbose) as client:
+    with client_of(target) as client:
         model = client.model()
         if prompt_tokens + output_tokens > model.context:
             raise InvalidArgument(
@@ -59,7 +55,7 @@ def bench(
         draw = random.Random(seed)
         prompts = [[draw.randrange(model.vocabulary) for _ in range(prompt_tokens)] for _ in range(requests)]
         began = perf_counter()
-        seen = asyncio.run(_load(client.address, prompts, output_tokens, concurrency))
+        seen = asyncio.run(_load(client.address, target.model, prompts, output_tokens, concurrency))
         seconds = perf_counter() - began
     setting = {
         "model": model.name,
@@ -98,7 +94,9 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"mean": sum(ordered) / len(ordered), **ranks, "max": ordered[-1]}
 
 
-async def _load(address: str, prompts: list[list[int]], output_tokens: int, concurrency: int) -> list[Seen]:
+async def _load(
+    address: str, model: str, prompts: list[list[int]], output_tokens: int, concurrency: int
+) -> list[Seen]:
     sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     waiting = iter(prompts)
     seen: list[Seen] = []
@@ -107,7 +105,7 @@ async def _load(address: str, prompts: list[list[int]], output_tokens: int, conc
 
         async def client() -> None:
             for prompt in waiting:
-                request = GenerateRequest(token_ids=TokenIds(ids=prompt), sampling=sampling)
+                request = GenerateRequest(model=model, token_ids=TokenIds(ids=prompt), sampling=sampling)
                 seen.append(await _watch(stub.Generate(request)))
 
         await asyncio.gather(*(client() for _ in range(concurrency)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from control_plane.config import load
+from control_plane.config import KvrelayConfig, load
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1.sampling_pb2 import SamplingParams
 
@@ -25,11 +25,18 @@ class Flag:
     """Dotted names of the settings that it fills."""
     short: str | None = None
     default: Any = None
+    variable: str | None = None
+    """Of the environment, where it is no setting."""
+
+    @property
+    def option(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
 
     @property
     def parameter(self) -> inspect.Parameter:
         """As typer reads it from a command's signature."""
-        names = [f"--{self.name.replace('_', '-')}", *([self.short] if self.short else [])]
+        names = [self.option, *([self.short] if self.short else [])]
         kind = bool if self.kind is bool else self.kind | None
         annotation = Annotated[kind, typer.Option(*names, help=self.help, show_default=bool(self.default))]
         return inspect.Parameter(
@@ -66,6 +73,9 @@ SERVER = (
     Flag("http_port", int, "Port of the OpenAI-compatible HTTP; default: no HTTP.", ("gateway.http_port",)),
     Flag("max_queued", int, "Requests that may wait for a worker.", ("gateway.max_queued",)),
 )
+ADDRESS = Flag(
+    "address", str, "HOST:PORT of a running system; default: an embedded one.", variable="KVRELAY_ADDRESS"
+)
 COMMON = (
     Flag("config", Path, "TOML file with settings; flags and KVRELAY_* come before it."),
     Flag("verbose", bool, "Say what happens, the workers' logs included.", short="-v", default=False),
@@ -90,15 +100,40 @@ SAMPLING = (
 Command = Callable[..., None]
 
 
-def with_settings(*more: Flag) -> Callable[[Command], Command]:
-    """Give a command the flags of a system; it gets what they make, `config`, and `verbose`."""
-    flags = (*SYSTEM, *more)
+@dataclass(frozen=True)
+class Target:
+    """The system that a command is about."""
 
-    def make(values: dict[str, Any]) -> dict[str, Any]:
-        settings = {setting: values[flag.name] for flag in flags for setting in flag.settings}
-        return {"config": load(settings, values["config"]), "verbose": values["verbose"]}
+    config: KvrelayConfig
+    """Of one that the command starts itself."""
+    verbose: bool
+    address: str | None = None
+    """HOST:PORT of a running one; None: the command starts one."""
+    model: str = ""
+    """What a running one must serve; empty: whatever it does."""
 
-    return _with((*flags, *COMMON), make, ("config", "verbose"))
+
+def with_server(command: Command) -> Command:
+    """Give a command the flags of a system and its front door; it gets what they make as `target`."""
+    flags = (*SYSTEM, *SERVER)
+    return _with((*flags, *COMMON), lambda values: {"target": _target(flags, values)}, ("target",))(command)
+
+
+def with_target(command: Command) -> Command:
+    """Give a command the flags of a system and `--address`; it gets what they make as `target`."""
+    return _with(
+        (ADDRESS, *SYSTEM, *COMMON), lambda values: {"target": _target(SYSTEM, values)}, ("target",)
+    )(command)
+
+
+def _target(flags: Sequence[Flag], values: dict[str, Any]) -> Target:
+    address = values.get("address")
+    vain = [flag.option for flag in flags if values[flag.name] is not None and flag.name != "model"]
+    if address is not None and vain:
+        raise InvalidArgument(f"{', '.join(vain)}: no setting of the system that runs at {address}")
+    settings = {setting: values[flag.name] for flag in flags for setting in flag.settings}
+    model = values["model"] or "" if address is not None else ""
+    return Target(load(settings, values["config"]), values["verbose"], address, model)
 
 
 def with_sampling(command: Command) -> Command:

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from control_plane.client import Client
-from control_plane.commands.flags import SERVER, with_settings
+from control_plane.commands.flags import Target, with_server
 from control_plane.commands.session import running
-from control_plane.config import KvrelayConfig
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1.control_pb2 import GetStatusResponse
 from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
@@ -26,10 +25,11 @@ COLUMNS = (
 )
 
 
-@with_settings(*SERVER)
-def serve(*, config: KvrelayConfig, verbose: bool) -> None:
+@with_server
+def serve(*, target: Target) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    with running(config, verbose) as address:
+    config = target.config
+    with running(config, target.verbose) as address:
         print(
             f"{config.model.name} is served at {address} by {config.prefill.workers} prefill and "
             f"{config.decode.workers} decode workers; Ctrl-C ends it",

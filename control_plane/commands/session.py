@@ -3,33 +3,27 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from control_plane.client import Client
+from control_plane.commands.flags import Target
 from control_plane.commands.view import StartView
 from control_plane.config import KvrelayConfig
 from control_plane.interrupts import Interrupts, held
 
 
 @contextmanager
-def client_of(
-    address: str | None, config: KvrelayConfig, verbose: bool, quiet: bool = False
-) -> Iterator[Client]:
-    """A client of the system at `address`; None: of an embedded one, on a free port, stopped at the end."""
-    if address is None:
-        free = config.gateway.model_copy(update={"port": 0, "http_port": None})
-        with (
-            running(config.model_copy(update={"gateway": free}), verbose, quiet) as started,
-            client_of(started, config, verbose) as client,
-        ):
+def client_of(target: Target, quiet: bool = False) -> Iterator[Client]:
+    """A client of the target; one that does not run yet listens on a free port, and is stopped at the end."""
+    if target.address is not None:
+        with closing(Client(target.address)) as client:
+            client.connect()
             yield client
         return
-    client = Client(address)
-    try:
-        client.connect()
+    free = target.config.gateway.model_copy(update={"port": 0, "http_port": None})
+    config = target.config.model_copy(update={"gateway": free})
+    with running(config, target.verbose, quiet) as address, closing(Client(address)) as client:
         yield client
-    finally:
-        client.close()
 
 
 @contextmanager

@@ -77,6 +77,7 @@ def test_flags_become_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> No
         (["generate", "--prompt", "x", "--prefill", "0"], 4, "BadSetup"),
         (["generate", "--prompt", "x", "--config", "nowhere.toml"], 4, "BadSetup"),
         (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], 5, "NoWorker"),
+        (["generate", "--prompt", "x", "--address", "127.0.0.1:1", "--slots", "4"], 2, "InvalidArgument"),
         (["status", "--address", "127.0.0.1:1"], 5, "NoWorker"),
         (["scale", "prefill=many"], 2, "InvalidArgument"),
         (["scale", "encode=2"], 2, "InvalidArgument"),

@@ -64,6 +64,22 @@ def test_a_prompt_may_come_through_a_pipe(served: Served) -> None:
     assert refused.stderr.startswith(b"error: InvalidArgument: standard input is not UTF-8")
 
 
+def test_a_model_that_is_not_served_is_refused(served: Served) -> None:
+    refused = call("generate", "--address", served.client.address, "--model", "other", "--prompt", "x")
+    assert refused.returncode == 3
+    assert refused.stderr.startswith(b"error: ModelNotFound: ")
+
+
+def test_a_conversation_goes_on_and_begins_anew(served: Served) -> None:
+    flags = ("--max-tokens", "8", "--temperature", "0", "--address", served.client.address)
+    one = call("chat", *flags, text=b"What is 2+2?\n").stdout
+    two = call("chat", *flags, text=b"What is 2+2?\nAnd 3+3?\n").stdout
+    anew = call("chat", *flags, text=b"What is 2+2?\n/reset\nWhat is 2+2?\n/quit\n").stdout
+    assert two.startswith(one)
+    assert len(two) > len(one)
+    assert anew == one + one
+
+
 def test_status_shows_both_pools(served: Served) -> None:
     found = json.loads(kvrelay("status", "--address", served.client.address, "--json"))
     assert (found["model"], found["kv_format"], found["transport"]) == ("smollm2", "int8", "grpc")

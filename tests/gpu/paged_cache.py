@@ -1,4 +1,4 @@
-"""Random paged caches, with every byte that no query may read set to 0xff (NaN as a half), and exact attention."""
+"""Random paged caches, bytes that no query may read set to 0xff (NaN as a half), and exact attention."""
 
 from dataclasses import dataclass
 from typing import Any

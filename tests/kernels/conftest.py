@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.reference.backend import ReferenceBackend
-from numpy.typing import NDArray
 
 
 class PoisonedBackend(CpuBackend):

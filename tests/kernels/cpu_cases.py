@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.interface import AttentionSpec, RopeTable, StepBatch
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 from kvrelay_kernels.reference.backend import ReferenceBackend
-from numpy.typing import NDArray
 
 CONTEXT = 512
 
@@ -23,7 +24,9 @@ def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 def make_batch(lengths: list[int], new: list[int], tables: NDArray[np.int32]) -> StepBatch:
     """A step in which sequence s brings `new[s]` rows and then holds `lengths[s]` keys."""
     starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
-    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, new, strict=True)]).astype(np.int32)
+    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, new, strict=True)]).astype(
+        np.int32
+    )
     ids = np.zeros(len(positions), np.int32)
     return StepBatch(ids, positions, starts, np.array(lengths, np.int32), tables, starts[1:] - np.int32(1))
 
@@ -68,8 +71,12 @@ class Run:
             self.arena.write_block(self.layer, block, memoryview(b"\xff" * case.layout.block_bytes))
         rng = np.random.default_rng(seed)
         angles = rng.uniform(-3, 3, (CONTEXT, (case.rotated or case.head_dim) // 2))
-        self.rope = RopeTable(*(self.backend.load_array(side(angles).astype(np.float32)) for side in (np.cos, np.sin)))
-        weights = [self.backend.load_array(rng.uniform(0.5, 1.5, case.head_dim).astype(np.float32)) for _ in "qk"]
+        self.rope = RopeTable(
+            *(self.backend.load_array(side(angles).astype(np.float32)) for side in (np.cos, np.sin))
+        )
+        weights = [
+            self.backend.load_array(rng.uniform(0.5, 1.5, case.head_dim).astype(np.float32)) for _ in "qk"
+        ]
         self.norms = (weights[0], weights[1], 1e-6)
 
     def step(self, qkv: NDArray[np.float32], batch: StepBatch) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
 from kvrelay_kernels.quant import parse_format
 from kvrelay_kernels.quant.affine import dequantize, pack_codes, quantize, unpack_codes
 from kvrelay_kernels.quant.weights import AffineWeight, concatenate, quantize_weight
-from numpy.typing import NDArray
 
 FORMATS = ["int8-g32", "int8-g64", "int4-g32", "int4-g64"]
 FINITE = st.floats(-1000, 1000, width=32)
@@ -48,7 +49,9 @@ def test_a_constant_is_its_bias(name: str, value: float) -> None:
     assert (biases == np.float16(value)).all()
 
 
-@given(arrays.arrays(np.float32, (3, 64), elements=FINITE), st.sampled_from([4, 8]), st.sampled_from([32, 64]))
+@given(
+    arrays.arrays(np.float32, (3, 64), elements=FINITE), st.sampled_from([4, 8]), st.sampled_from([32, 64])
+)
 def test_weights_round_to_half_a_step(values: NDArray[np.float32], bits: int, group: int) -> None:
     weight = quantize_weight(values, bits, group)
     error = np.abs(weight.dequantize() - values).reshape(3, -1, group)

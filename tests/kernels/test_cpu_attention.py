@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 from kvrelay_kernels.quant.affine import dequantize, quantize
 from kvrelay_kernels.reference.backend import ReferenceBackend
-
 from tests.kernels.cpu_cases import Case, Run, make_batch, make_tables, relative
 
 CASES = [
@@ -23,11 +23,17 @@ CASES = [
 ]
 NAMES = [f"{case.kv_format}x{case.head_dim}" for case in CASES]
 FIXTURES = [HealthCheck.function_scoped_fixture]
-SEQUENCE = st.integers(1, 400).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, min(length, 150))))
+SEQUENCE = st.integers(1, 400).flatmap(
+    lambda length: st.tuples(st.just(length), st.integers(1, min(length, 150)))
+)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=FIXTURES)
-@given(case=st.sampled_from(CASES), seed=st.integers(0, 2**32), sequences=st.lists(SEQUENCE, min_size=1, max_size=4))
+@given(
+    case=st.sampled_from(CASES),
+    seed=st.integers(0, 2**32),
+    sequences=st.lists(SEQUENCE, min_size=1, max_size=4),
+)
 @example(case=CASES[3], seed=0, sequences=[(400, 1), (64, 64), (129, 66), (65, 1)])
 def test_ragged_steps(
     cpu: CpuBackend, reference: ReferenceBackend, case: Case, seed: int, sequences: list[tuple[int, int]]
@@ -114,7 +120,9 @@ def test_blocks_hold_what_affine_defines(cpu: CpuBackend, name: str, rows: int) 
     case = Case(name, 64, 2, 2)
     rng = np.random.default_rng(4)
     tables, blocks = make_tables([rows], rng)
-    qkv = rng.standard_normal((rows, case.width), np.float32) * rng.choice(np.float32([1e-6, 1e-2, 1, 3e3]), (rows, 1))
+    qkv = rng.standard_normal((rows, case.width), np.float32) * rng.choice(
+        np.array([1e-6, 1e-2, 1, 3e3], np.float32), (rows, 1)
+    )
     qkv[1] = 0.3
     qkv[2, ::7] = 0
     batch = make_batch([rows], [rows], tables)
@@ -128,7 +136,9 @@ def test_blocks_hold_what_affine_defines(cpu: CpuBackend, name: str, rows: int) 
             frame = case.layout.frame(f"{side}_{part}")
             for token in range(rows):
                 block = run.arena.read_block(1, int(tables[0, token // BLOCK_TOKENS]))
-                found = np.frombuffer(block, frame.dtype, int(np.prod(frame.shape)), frame.offset).reshape(frame.shape)
+                found = np.frombuffer(block, frame.dtype, int(np.prod(frame.shape)), frame.offset).reshape(
+                    frame.shape
+                )
                 assert (found[:, token % BLOCK_TOKENS] == wanted[token]).all(), (part, token)
 
 
@@ -151,7 +161,12 @@ def test_masked_tiles_are_not_computed(cpu: CpuBackend) -> None:
     rng = np.random.default_rng(6)
     tables, blocks = make_tables([256], rng)
     qkv = rng.standard_normal((256, case.width), np.float32)
-    for window, computed in ((None, 1 + 2 + 3 + 4), (64, 1 + 2 + 2 + 2), (65, 1 + 2 + 2 + 2), (66, 1 + 2 + 3 + 3)):
+    for window, computed in (
+        (None, 1 + 2 + 3 + 4),
+        (64, 1 + 2 + 2 + 2),
+        (65, 1 + 2 + 2 + 2),
+        (66, 1 + 2 + 3 + 3),
+    ):
         run = Run(CpuBackend(threads=2), dataclasses.replace(case, window=window), blocks, 6)
         run.step(qkv, make_batch([256], [256], tables))
         counts = run.backend.counts

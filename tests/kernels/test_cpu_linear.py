@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
 from kvrelay_kernels.quant.weights import AffineWeight, quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
-
 from tests.kernels.cpu_cases import relative
 
 MODES: list[WeightMode] = ["auto", "float", "int8", "int4"]

@@ -1,4 +1,5 @@
 import pytest
+
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.quant import BlockLayout, parse_format
 from kvrelay_kernels.quant.layout import FRAME_ALIGNMENT
@@ -11,7 +12,8 @@ def layout(name: str, kv_heads: int = 3, head_dim: int = 64) -> BlockLayout:
 def test_frames_of_int8() -> None:
     offsets = {frame.name: frame.offset for frame in layout("int8").frames}
     assert offsets == {
-        "k_codes": 0, "k_scales": 12288, "k_biases": 12672, "v_codes": 13056, "v_scales": 25344, "v_biases": 25728,
+        "k_codes": 0, "k_scales": 12288, "k_biases": 12672,
+        "v_codes": 13056, "v_scales": 25344, "v_biases": 25728,
     }  # fmt: skip
     assert layout("int8").block_bytes == 26112
 
@@ -31,14 +33,21 @@ def test_a_group_is_the_largest_that_fits() -> None:
     assert [parse_format("int4", dim).group for dim in (64, 96, 128)] == [64, 32, 64]
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("int8-g64", 96), ("int4", 80), ("int5", 64), ("none-g32", 64), ("", 64)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("int8-g64", 96), ("int4", 80), ("int5", 64), ("none-g32", 64), ("", 64)]
+)
 def test_what_does_not_fit_is_refused(name: str, head_dim: int) -> None:
     with pytest.raises(FormatUnsupported):
         parse_format(name, head_dim)
 
 
 def test_fingerprints_tell_layouts_apart() -> None:
-    found = [layout(name, heads, dim) for name in ("none", "int8", "int8-g32", "int4") for heads in (1, 3) for dim in (64, 128)]
+    found = [
+        layout(name, heads, dim)
+        for name in ("none", "int8", "int8-g32", "int4")
+        for heads in (1, 3)
+        for dim in (64, 128)
+    ]
     assert len({each.fingerprint for each in found}) == len(found)
     assert layout("int8").fingerprint == layout("int8-g64").fingerprint
 

@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from kvrelay_kernels.errors import BackendUnavailable
 from kvrelay_kernels.registry import load_backend, probe
 

@@ -1,1 +1,1 @@
-"""Kernels for ordinary processors: Numba loops around explicit LLVM vector code; the default that a newcomer meets."""
+"""Kernels for ordinary processors: Numba loops around explicit LLVM vector code; what a newcomer meets."""

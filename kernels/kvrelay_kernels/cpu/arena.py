@@ -17,7 +17,7 @@ class CpuArena:
         self._bytes: NDArray[np.uint8] = aligned((layers, blocks, layout.block_bytes), np.uint8, zero=True)
         quantized = layout.format.quantized
         self.cache: NDArray[Any] = self._bytes.reshape(-1).view(np.uint8 if quantized else np.float32)
-        """The whole arena, flat: bytes, or float32 where blocks are not quantized; what follows counts its items."""
+        """The whole arena, flat: bytes, or float32 where not quantized; what follows counts its items."""
         self.block_items = layout.block_bytes // self.cache.itemsize
         self.layer_items = blocks * self.block_items
         names = ("codes", "scales", "biases") if quantized else ("values",) * 3
@@ -25,7 +25,7 @@ class CpuArena:
             layout.frame(f"{side}_{name}").offset // self.cache.itemsize for side in "kv" for name in names
         ]
         self.places: NDArray[np.int64] = np.array(offsets, np.int64)
-        """Where K's codes, scales and biases, then V's, begin in a block; thrice the values where not quantized."""
+        """Where K's codes, scales and biases, then V's, begin in a block; else thrice the values."""
 
     def read_block(self, layer: int, block: int) -> memoryview:
         """A view of the block's bytes."""

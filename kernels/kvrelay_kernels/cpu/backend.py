@@ -14,6 +14,7 @@ from kvrelay_kernels.cpu.prefill import LANES, attend, expand_kernel
 from kvrelay_kernels.cpu.products import FEW_ROWS, MANY_ROWS
 from kvrelay_kernels.cpu.rope import append_kernel
 from kvrelay_kernels.cpu.rows import ADD_NORM, GATE, GATHER, NORM
+from kvrelay_kernels.cpu.threads import load_tbb
 from kvrelay_kernels.cpu.weights import PackedLinear, pack_linear
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import (
@@ -46,6 +47,7 @@ class CpuBackend:
     element: Element = "float32"
 
     def __init__(self, threads: int) -> None:
+        load_tbb()
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         self._tally = np.zeros(2, np.int64)
         self._scratch = np.empty(0, np.float32)
@@ -133,7 +135,8 @@ class CpuBackend:
         q_norm, k_norm, eps = norms or NO_NORM
         kernel(
             qkv.reshape(-1), batch.positions, batch.row_starts, batch.block_tables, rope.cos, rope.sin,
-            q_norm, k_norm, np.float32(eps), arena.cache, layer * arena.layer_items, arena.block_items, arena.places,
+            q_norm, k_norm, np.float32(eps),
+            arena.cache, layer * arena.layer_items, arena.block_items, arena.places,
             spec.heads, spec.kv_heads, out.reshape(-1), self._chunks(qkv),
         )  # fmt: skip
         return out
@@ -173,7 +176,7 @@ class CpuBackend:
         return self.linear(x if len(rows) == len(x) and (rows == np.arange(len(x))).all() else x[rows], head)
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
-        """Nothing: kernels compile, or come from Numba's cache, in the steps that the decoder warms up with."""
+        """Nothing: kernels compile, or come from the cache, in the steps that the decoder warms up with."""
 
     def _blank(self, rows: int, width: int) -> Floats:
         return np.empty((rows, width), np.float32)

@@ -18,7 +18,7 @@ TOGETHER = 4
 
 
 def chunk_of(dim: int, bits: int, group: int) -> int:
-    """Elements of a head that are read as one vector: a group, or what divides the head where there is none."""
+    """Elements of a head that are read as one vector: a group, or what divides the head without one."""
     if bits:
         return group
     return next(lanes for lanes in (64, 32, 16, 8, 4, 2, 1) if dim % lanes == 0)
@@ -71,9 +71,10 @@ class _Side:
 
 @emitted
 def reorder(
-    typing: Any, x: Any, first: Any, factor: Any, out: Any, target: Any, inward: Any, bits: Any, group: Any, dim: Any
+    typing: Any, x: Any, first: Any, factor: Any, out: Any, target: Any, inward: Any,
+    bits: Any, group: Any, dim: Any,
 ) -> Any:  # fmt: skip
-    """One head times `factor`, from its own order into reading order where `inward` (a constant), else back."""
+    """One head times `factor`, from its own order into reading order if `inward` (a constant), else back."""
     inward_, bits_, dim_ = inward.literal_value, bits.literal_value, dim.literal_value
     chunk = chunk_of(dim_, bits_, group.literal_value)
     turn = vector.separate if inward_ else vector.interleave
@@ -129,9 +130,9 @@ def score_tokens(
     typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, ahead: Any, q: Any, out: Any,
     target: Any, pitch: Any, bits: Any, group: Any, dim: Any, heads: Any,
 ) -> Any:  # fmt: skip
-    """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens; q is `[heads, dim]` in reading order.
+    """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens.
 
-    As many tokens from place `ahead` on will be read next.
+    q is `[heads, dim]` in reading order. As many tokens from place `ahead` on will be read next.
     """
     heads_ = heads.literal_value
 
@@ -224,8 +225,8 @@ def weigh_values(
 
 @emitted
 def expand_tokens(
-    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, out: Any, target: Any, pitch: Any,
-    bits: Any, group: Any, dim: Any,
+    typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, out: Any, target: Any,
+    pitch: Any, bits: Any, group: Any, dim: Any,
 ) -> Any:  # fmt: skip
     """`count` tokens as float32 in their own order, `out` rows `pitch` apart from `target` on."""
 
@@ -249,7 +250,8 @@ def expand_tokens(
 
 @emitted
 def put_token(
-    typing: Any, values: Any, first: Any, cache: Any, codes: Any, scales: Any, biases: Any, bits: Any, group: Any, dim: Any
+    typing: Any, values: Any, first: Any, cache: Any, codes: Any, scales: Any, biases: Any,
+    bits: Any, group: Any, dim: Any,
 ) -> Any:  # fmt: skip
     """Store one head's K or V: quantized as `quant.affine.quantize` defines it, or as it is (`bits` 0)."""
     bits_, dim_ = bits.literal_value, dim.literal_value
@@ -280,7 +282,7 @@ def put_token(
 
 
 def _quantize(builder: Any, x: Any, bits: int) -> tuple[Any, list[Any]]:
-    """The packed codes of one group, and its scale and bias as float16; NaN goes into these, to come out again."""
+    """The packed codes of one group, and its scale and bias as float16; NaN goes into these."""
     lanes, kind, top = x.type.count, x.type, FLOAT(float(2**bits - 1))
     low, high = vector.extreme(builder, x, "fmin"), vector.extreme(builder, x, "fmax")
     unordered = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(lanes))

@@ -1,4 +1,4 @@
-"""Attention of sequences that are written on, one new row each: straight from the quantized blocks, split along the keys."""
+"""Attention of sequences that are written on, a row each: from the quantized blocks, split along the keys."""
 
 from collections.abc import Callable
 from functools import cache as once
@@ -13,7 +13,7 @@ from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
 SPLIT = 2 * BLOCK_TOKENS
-"""Keys of one task. A split begins at a multiple of this, so that its result depends on the sequence alone."""
+"""Keys of one task. Splits begin at multiples of this, so that a result depends on the sequence alone."""
 
 
 @once
@@ -26,7 +26,8 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
 
     @njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
     def decode(
-        q: Any, prompts: Any, row_starts: Any, lengths: Any, tables: Any, cache: Any, base: int, stride: int, places: Any,
+        q: Any, prompts: Any, row_starts: Any, lengths: Any, tables: Any,
+        cache: Any, base: int, stride: int, places: Any,
         kv_heads: int, window: int, scale: Any, out: Any, tally: Any, threads: int,
     ) -> None:  # fmt: skip
         sequences = len(lengths)
@@ -70,11 +71,12 @@ def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., 
                         codes, scales = block + places[0] + token * size, block + places[1] + token * pair
                         biases = block + places[2] + token * pair
                         target = key - begin + skip
-                        # One line of scales is behind all codes of a block: waiting for it costs as much as they do.
+                        # Scales lie apart from codes: waiting for their few lines costs as much as all codes.
                         ask(cache, block + places[4] + token * pair, all_pairs)
                         ask(cache, block + places[5] + token * pair, all_pairs)
+                        ahead = block + places[3] + token * size
                         score_tokens(
-                            cache, codes, scales, biases, count, block + places[3] + token * size, query, scores,
+                            cache, codes, scales, biases, count, ahead, query, scores,
                             target, SPLIT, bits, group, dim, heads,
                         )  # fmt: skip
                 for h in range(heads):

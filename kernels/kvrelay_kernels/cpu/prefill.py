@@ -1,4 +1,4 @@
-"""Attention of sequences that bring many rows: tiles of 64 queries against blocks of 64 keys, as matrix products."""
+"""Attention of prompts: tiles of 64 queries against blocks of 64 keys, as matrix products."""
 
 from collections.abc import Callable
 from functools import cache as once
@@ -59,8 +59,9 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
 
 @njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
 def attend(
-    q: Any, row: int, rows: int, position: int, keys: Any, values: Any, first: int, head: int, group: int, heads: int,
-    window: int, scale: Any, out: Any, tally: Any, count_tiles: bool, threads: int,
+    q: Any, row: int, rows: int, position: int, keys: Any, values: Any, first: int,
+    head: int, group: int, heads: int, window: int, scale: Any,
+    out: Any, tally: Any, count_tiles: bool, threads: int,
 ) -> None:  # fmt: skip
     """Heads `head` to `head + group` of rows `row` to `row + rows`, the first at `position`.
 

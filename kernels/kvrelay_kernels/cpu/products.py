@@ -15,8 +15,8 @@ MOST_ROWS = 8 if LANES == 16 else 2
 TILE_ROWS = 6
 TILE_LANES = 64 if LANES == 16 else 16
 WIDE = 2 * PANEL
-THREADED = {"prange": True, "setitem": False, "numpy": False, "reduction": False, "comprehension": False}
-"""What `parallel` means here: explicit loops only. Numba would wake its threads for each array filled, too."""
+THREADED: Any = {"prange": True, "setitem": False, "numpy": False, "reduction": False, "comprehension": False}
+"""What `parallel` means here: explicit loops. Numba would wake its threads for each array filled, too."""
 DEPTH = 128
 """Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
 
@@ -115,7 +115,8 @@ def _many(bits: int) -> Callable[..., None]:
                         column = stop
                     multiply(
                         flat, top * columns + begin, columns, scratch, line, WIDE,
-                        result, top * width + panel * PANEL, width, bottom - top, end - begin, WIDE, begin == 0,
+                        result, top * width + panel * PANEL, width,
+                        bottom - top, end - begin, WIDE, begin == 0,
                     )  # fmt: skip
 
     return many_rows

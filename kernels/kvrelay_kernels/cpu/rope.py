@@ -40,7 +40,8 @@ def append_kernel(bits: int, group: int, dim: int, parallel: bool) -> Callable[.
 
     @njit(parallel=parallel and THREADED, nogil=True, cache=True)
     def append(
-        qkv: Any, positions: Any, row_starts: Any, tables: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any, eps: Any,
+        qkv: Any, positions: Any, row_starts: Any, tables: Any, cos: Any, sin: Any,
+        q_norm: Any, k_norm: Any, eps: Any,
         cache: Any, base: int, stride: int, places: Any, heads: int, kv_heads: int, out: Any, threads: int,
     ) -> None:  # fmt: skip
         rows, width = len(positions), (heads + 2 * kv_heads) * dim

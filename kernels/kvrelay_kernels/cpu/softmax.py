@@ -22,7 +22,7 @@ def largest(typing: Any, scores: Any, first: Any) -> Any:
 
 @emitted
 def exponentials(typing: Any, scores: Any, first: Any, scale: Any, top: Any) -> Any:
-    """Replace 64 scores from `first` on by e^(score * scale - top); returns their sum. -inf becomes exactly 0."""
+    """Replace 64 scores from `first` on by e^(score * scale - top); returns their sum. -inf becomes 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = vector.element(context, builder, signature.args[0], args[0], args[1], FLOAT)

@@ -161,7 +161,7 @@ def expand(
     width: Any,
     bits: Any,
 ) -> Any:
-    """Columns `begin` to `end` (within one group) of a panel as float32, one column every `width` items of `out`."""
+    """Columns `begin` to `end` (of one group) of a panel as float32, `width` items of `out` apart."""
     bits_ = bits.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

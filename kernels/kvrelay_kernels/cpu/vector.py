@@ -2,6 +2,7 @@
 
 Numba's own vectorizer leaves loops over packed 4-bit codes scalar (a tenth of the speed), so the
 innermost tiles are emitted with these. Vectors are wider than a register on purpose: LLVM splits them.
+Numba's cache knows only the cached function's own file: who edits an emitter deletes `__pycache__/*.nb?`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ INT = ir.IntType(32)
 
 
 def emitted(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a Numba function of `build(typing, *argument types)`, which returns its signature and its emitter."""
+    """Make a Numba function of `build(typing, *argument types)`, which returns signature and emitter."""
     return intrinsic(prefer_literal=True)(build)
 
 

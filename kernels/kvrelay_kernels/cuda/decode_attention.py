@@ -110,10 +110,10 @@ class DecodeProblem:
 
 
 class DecodeAttention:
-    """Attention of a few query rows a sequence over a paged cache. One instance a problem, with its workspace.
+    """Attention of a few query rows a sequence over a paged cache; owns the workspace of one problem.
 
-    `attach` comes first; then a step calls `plan` once and the instance for each layer. The workspace is sized
-    for `sequences`; neither call allocates or waits, so both can be captured in a graph.
+    `attach` comes first; then a step calls `plan` once and the instance for each layer. The workspace is
+    sized for `sequences`; neither call allocates or waits, so both can be captured in a graph.
     """
 
     def __init__(

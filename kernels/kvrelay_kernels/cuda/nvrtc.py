@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler through ctypes: CUDA C++ in, one architecture's machine code out. Needs no GPU."""
+"""NVIDIA's run-time compiler through ctypes: CUDA C++ in, machine code out. Needs no GPU."""
 
 import ctypes
 import importlib.util

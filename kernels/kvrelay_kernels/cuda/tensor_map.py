@@ -1,4 +1,4 @@
-"""What the bulk copy engine has to know of an arena: the driver's `cuTensorMapEncodeTiled`, through ctypes."""
+"""What the bulk copy engine has to know of an arena, from the driver through ctypes."""
 
 import ctypes
 from functools import cache

@@ -44,32 +44,32 @@ class ReferenceArena:
             raise ValueError(f"a block has {self.layout.block_bytes} bytes, not {payload.nbytes}")
         self._bytes[layer, block] = np.frombuffer(payload, np.uint8)
 
-    def frame(self, layer: int, block: int, name: str) -> NDArray[Any]:
-        """One frame of a block, a writable view in its shape and type."""
+    def frame(self, layer: int, name: str) -> NDArray[Any]:
+        """One frame of all blocks of a layer, a writable view `[blocks, kv_heads, 64, width]`."""
         frame = self.layout.frame(name)
-        data = self._bytes[layer, block, frame.offset : frame.offset + frame.nbytes]
-        return data.view(frame.dtype).reshape(frame.shape)
+        data = self._bytes[layer, :, frame.offset : frame.offset + frame.nbytes]
+        return data.view(frame.dtype).reshape(self.blocks, *frame.shape)
 
-    def put(self, layer: int, block: int, token: int, side: str, vectors: Doubles) -> None:
-        """Store one token's `[kv_heads, head_dim]` K or V."""
+    def put(
+        self, layer: int, blocks: NDArray[Any], tokens: NDArray[Any], side: str, vectors: Doubles
+    ) -> None:
+        """Store K or V of some rows, `[rows, kv_heads, head_dim]`: row r as a token of block `blocks[r]`."""
         fmt = self.layout.format
-        if not fmt.quantized:
-            self.frame(layer, block, f"{side}_values")[:, token] = vectors
-            return
-        for name, part in zip(NAMES, quantize(vectors, fmt), strict=True):
-            self.frame(layer, block, f"{side}_{name}")[:, token] = part
+        if fmt.quantized:
+            for name, part in zip(NAMES, quantize(vectors, fmt), strict=True):
+                self.frame(layer, f"{side}_{name}")[blocks, :, tokens] = part
+        else:
+            self.frame(layer, f"{side}_values")[blocks, :, tokens] = vectors
 
     def get(self, layer: int, table: NDArray[np.int32], length: int, side: str) -> Doubles:
         """The first `length` tokens of a sequence's K or V, `[kv_heads, length, head_dim]`."""
-        fmt = self.layout.format
-        found = []
-        for block in table[: -(-length // BLOCK_TOKENS)]:
-            if fmt.quantized:
-                codes, scales, biases = (self.frame(layer, int(block), f"{side}_{name}") for name in NAMES)
-                found.append(dequantize(codes, scales, biases, fmt))
-            else:
-                found.append(self.frame(layer, int(block), f"{side}_values"))
-        return np.concatenate(found, 1)[:, :length].astype(np.float64)
+        fmt, blocks = self.layout.format, table[: -(-length // BLOCK_TOKENS)]
+        if fmt.quantized:
+            codes, scales, biases = (self.frame(layer, f"{side}_{name}")[blocks] for name in NAMES)
+            found = dequantize(codes, scales, biases, fmt)
+        else:
+            found = self.frame(layer, f"{side}_values")[blocks]
+        return np.concatenate(list(found), 1)[:, :length].astype(np.float64)
 
 
 class ReferenceBackend:
@@ -152,12 +152,10 @@ class ReferenceBackend:
         if norms:
             q, k = self.rms_norm(q, norms[0], norms[2]), self.rms_norm(k, norms[1], norms[2])
         q, k = self._turn(q, batch.positions, rope), self._turn(k, batch.positions, rope)
-        for s in range(batch.sequences):
-            for row in range(batch.row_starts[s], batch.row_starts[s + 1]):
-                number, token = divmod(int(batch.positions[row]), BLOCK_TOKENS)
-                block = int(batch.block_tables[s, number])
-                arena.put(layer, block, token, "k", k[row])
-                arena.put(layer, block, token, "v", v[row])
+        sequence = np.repeat(np.arange(batch.sequences), np.diff(batch.row_starts))
+        blocks = batch.block_tables[sequence, batch.positions // BLOCK_TOKENS]
+        for side, vectors in (("k", k), ("v", v)):
+            arena.put(layer, blocks, batch.positions % BLOCK_TOKENS, side, vectors)
         return q.reshape(len(q), -1)
 
     def attention(
@@ -168,15 +166,15 @@ class ReferenceBackend:
         for s in range(batch.sequences):
             length = int(batch.lengths[s])
             keys, values = (arena.get(layer, batch.block_tables[s], length, side) for side in "kv")
-            for row in range(batch.row_starts[s], batch.row_starts[s + 1]):
-                last = int(batch.positions[row]) + 1
-                first = max(0, last - spec.window) if spec.window else 0
-                for head in range(spec.heads):
-                    one = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
-                    kv = head * spec.kv_heads // spec.heads
-                    scores = keys[kv, first:last] @ q[row, one] * spec.scale
-                    weights = np.exp(scores - scores.max())
-                    out[row, one] = weights @ values[kv, first:last] / weights.sum()
+            rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
+            behind = batch.positions[rows, None] - np.arange(length)
+            seen = (behind >= 0) & (behind < (spec.window or length))
+            for head in range(spec.heads):
+                columns = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
+                kv = head * spec.kv_heads // spec.heads
+                scores = np.where(seen, q[rows, columns] @ keys[kv].T * spec.scale, -np.inf)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                out[rows, columns] = weights @ values[kv] / weights.sum(-1, keepdims=True)
         return out
 
     def logits(self, x: Doubles, head: Matrix, rows: NDArray[np.int32]) -> NDArray[np.float32]:
