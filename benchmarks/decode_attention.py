@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cupy
+import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, launch_shape
@@ -247,8 +247,8 @@ class Bench:
 
 def torch_cudnn(case: Case, heads: tuple[int, int], head_dim: int) -> Times | None:
     """torch's cuDNN attention in bfloat16 on contiguous keys and values; None if it cannot."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
     batch, length, (total, kv) = len(case.lengths), case.lengths[0], heads
     layers = int(max(1, min(np.ceil(BEYOND_CACHE / (batch * length * kv * head_dim * 4)), 32)))
@@ -348,7 +348,7 @@ def main() -> None:
 
     if options.quick:
         return
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     machine = {

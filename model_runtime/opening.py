@@ -1,9 +1,11 @@
 """From a model's name to a decoder that is ready to take steps, telling what happens meanwhile."""
 
+from typing import cast
+
 from kvrelay.errors import BadSetup
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
 from kvrelay_kernels.interface import WeightMode
-from kvrelay_kernels.registry import load_backend
+from kvrelay_kernels.registry import BackendName, load_backend
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
@@ -31,6 +33,8 @@ def open_decoder(model: str, backend: str, threads: int, weights: WeightMode, pr
     cache = default_cache_dir()
     checkpoint = load_model(resolve(model, cache, progress), cache)
     try:
-        return Decoder(checkpoint, load_backend(backend, threads=threads), weights, progress=progress)
+        return Decoder(
+            checkpoint, load_backend(cast(BackendName, backend), threads=threads), weights, progress=progress
+        )
     except (BackendUnavailable, FormatUnsupported, ValueError) as error:
         raise BadSetup(str(error)) from error

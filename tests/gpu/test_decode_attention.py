@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from paged_cache import DTYPES, PagedCache, exact_attention, random_cache
 
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, Element16
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.quant import BlockLayout, parse_format
+from tests.gpu.paged_cache import DTYPES, PagedCache, exact_attention, random_cache
 
 HEADS = {64: (9, 3), 96: (12, 4), 128: (32, 8), 256: (16, 2)}
 FORMATS = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]

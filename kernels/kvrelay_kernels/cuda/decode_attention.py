@@ -80,7 +80,9 @@ class DecodeProblem:
     def constants(self, shape: LaunchShape) -> dict[str, int]:
         """Macros of the kernel's source."""
         fmt, spec = self.layout.format, self.spec
-        offsets = dict.fromkeys(("K_CODES", "K_SCALES", "K_BIASES", "V_CODES", "V_SCALES", "V_BIASES"), 0)
+        offsets: dict[str, int] = dict.fromkeys(
+            ("K_CODES", "K_SCALES", "K_BIASES", "V_CODES", "V_SCALES", "V_BIASES"), 0
+        )
         for frame in self.layout.frames:
             offsets[frame.name.upper().replace("VALUES", "CODES")] = frame.offset
         return offsets | {
@@ -123,8 +125,8 @@ class DecodeAttention:
         kernels: KernelCache,
         shape: LaunchShape | None = None,
     ) -> None:
-        import cupy
-        from cupy.cuda import driver
+        import cupy  # pyright: ignore[reportMissingImports]
+        from cupy.cuda import driver  # pyright: ignore[reportMissingImports]
 
         self.problem, self.sequences = problem, sequences
         self.shape = shape = shape or launch_shape(problem)

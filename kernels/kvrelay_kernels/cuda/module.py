@@ -76,6 +76,7 @@ class KernelCache:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
         self._loaded: dict[KernelKey, Any] = {}
+        self._shared: dict[KernelKey, int] = {}
 
     def cubin(self, key: KernelKey) -> bytes:
         """The cubin, from disk or from the compiler."""
@@ -93,13 +94,14 @@ class KernelCache:
 
     def load(self, key: KernelKey, shared_bytes: int) -> Any:
         """The `cupy.cuda.function.Function` of a key, allowed `shared_bytes` of dynamic shared memory."""
-        from cupy.cuda import driver, function
+        from cupy.cuda import driver, function  # pyright: ignore[reportMissingImports]
 
         if key not in self._loaded:
             module = function.Module()
             module.load(self.cubin(key))
             self._loaded[key] = module.get_function(key.source)
         kernel = self._loaded[key]
+        self._shared[key] = shared_bytes = max(shared_bytes, self._shared.get(key, 0))
         driver.funcSetAttribute(
             kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
         )
@@ -108,7 +110,7 @@ class KernelCache:
 
 def device_arch() -> str:
     """Architecture to compile for on the current device: `sm_90a` on Hopper, with its own instructions."""
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports]
 
     capability = cupy.cuda.Device().compute_capability
     return f"sm_{capability}{'a' if capability == '90' else ''}"

@@ -30,7 +30,7 @@ def tensor_map(address: int, nbytes: int, box_rows: int) -> Any:
     Raises:
         KernelError: the driver refused; the message holds its code.
     """
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports]
 
     space = (ctypes.c_uint8 * 192)()
     place = -(-ctypes.addressof(space) // 64) * 64  # the driver wants 64-byte alignment

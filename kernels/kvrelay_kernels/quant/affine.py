@@ -13,7 +13,7 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits are not packed here")
     if bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        codes = np.bitwise_or(codes[..., 0::2], codes[..., 1::2] << 4, dtype=np.uint8)
     return np.ascontiguousarray(codes).view("<u4")
 
 
