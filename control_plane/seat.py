@@ -37,6 +37,10 @@ class Directory(Protocol):
         """A worker takes no new request."""
         ...
 
+    def in_flight(self, worker_id: str) -> int:
+        """Requests that have chosen a worker, whether it knows of them yet or not."""
+        ...
+
 
 @dataclass(frozen=True)
 class SeatTimes:
@@ -106,6 +110,9 @@ class Seat:
                 async with grpc.aio.insecure_channel(self._address) as channel:
                     stub: Any = WorkerServiceStub(channel)
                     await stub.Drain(DrainRequest())
+                # Who chose this worker and comes too late still has to be sent away by it.
+                while self._directory.in_flight(self.worker_id):
+                    await asyncio.sleep(self._times.poll)
                 async with asyncio.timeout(self._times.stop):
                     await _result(self._actor.stop.remote())
             except (grpc.aio.AioRpcError, RayError, TimeoutError) as error:

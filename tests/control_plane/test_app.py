@@ -14,6 +14,7 @@ from control_plane.commands.bench import Seen, percentiles, report
 from control_plane.commands.doctor import examine
 from control_plane.commands.flags import SAMPLING
 from kvrelay import errors
+from kvrelay.v1.inference_pb2 import GenerateRequest
 from kvrelay.v1.sampling_pb2 import SamplingParams
 from kvrelay_kernels.registry import Probe
 
@@ -50,9 +51,12 @@ def test_every_sampling_field_has_its_flag() -> None:
 def test_flags_become_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[SamplingParams] = []
     command = typer.main.get_command(app)
-    monkeypatch.setattr(
-        "control_plane.commands.generate.text_request", lambda text, sampling: taken.append(sampling)
-    )
+
+    def text_request(text: str, sampling: SamplingParams) -> GenerateRequest:
+        taken.append(sampling)
+        return GenerateRequest()
+
+    monkeypatch.setattr("control_plane.commands.generate.text_request", text_request)
     monkeypatch.setattr("control_plane.commands.generate.client_of", lambda *_: pytest.skip("parsed"))
     arguments = ["generate", "--prompt", "x", "--temperature", "0", "--stop-ids", "5", "--stop-ids", "7"]
     with pytest.raises(pytest.skip.Exception):

@@ -28,6 +28,7 @@ class Register:
     def __init__(self) -> None:
         self.addresses: dict[str, str] = {}
         self.draining: set[str] = set()
+        self.chosen: dict[str, int] = {}
 
     def add(self, pool: Pool, worker_id: str, address: str) -> None:
         """A worker came."""
@@ -40,6 +41,10 @@ class Register:
     def drain(self, worker_id: str) -> None:
         """A worker takes nothing more."""
         self.draining.add(worker_id)
+
+    def in_flight(self, worker_id: str) -> int:
+        """Requests on their way to a worker."""
+        return self.chosen.get(worker_id, 0)
 
 
 class Bench:
@@ -133,6 +138,20 @@ async def test_a_worker_drains_before_it_goes(bench: Bench) -> None:
     bench.switch("busy", on=False)
     await scaling
     assert (bench.pool.size, leaver in bench.register.addresses) == (1, False)
+
+
+async def test_a_drained_worker_stays_for_requests_that_are_on_their_way(bench: Bench) -> None:
+    await bench.pool.scale(2)
+    bench.register.chosen = dict.fromkeys(bench.register.addresses, 1)
+    scaling = asyncio.create_task(bench.pool.scale(1))
+    await until(lambda: bool(bench.register.draining))
+    (leaver,) = bench.register.draining
+    while (await bench.ask(leaver)).state != WorkerState.WORKER_STATE_DRAINING:
+        await asyncio.sleep(0.01)
+    assert leaver in bench.register.addresses
+    bench.register.chosen.clear()
+    await scaling
+    assert leaver not in bench.register.addresses
 
 
 async def test_a_worker_that_dies_while_it_drains_is_not_replaced(bench: Bench) -> None:
