@@ -1,12 +1,15 @@
 """The one thread of an engine: it takes steps while there is work, and sleeps otherwise."""
 
 import logging
+import sys
 import threading
 from abc import ABC, abstractmethod
 
 from kvrelay.errors import Draining, Internal, KvrelayError
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 1e-4
 
 
 class StepLoop(ABC):
@@ -43,6 +46,9 @@ class StepLoop(ABC):
 
     def start(self) -> None:
         """Start the thread."""
+        # Between two kernels the loop needs the interpreter for microseconds, while the server's thread holds it
+        # for about a millisecond a token: by default the loop would wait for all of that, up to 5 ms.
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def stop(self) -> None:
