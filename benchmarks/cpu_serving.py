@@ -191,7 +191,15 @@ class Bench:
         """The peer's rates, each at the better of its attention kernels."""
         args = self._args
         command = [args.peer_python, PEER, "--model", self._model, "--threads", str(args.threads)]
-        command += ["--trials", "1", "--decode-tokens", str(args.decode_tokens), *flags]
+        command += [
+            "--trials",
+            "1",
+            "--decode-tokens",
+            str(args.decode_tokens),
+            "--flash",
+            *args.peer_flash,
+            *flags,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         figures: Figures = {}
         for result in json.loads(done.stdout)["results"]:
@@ -201,6 +209,11 @@ class Bench:
             name = f"{kind}_tokens_per_second"
             figures[name] = max(rate, figures.get(name, 0.0))
         return figures
+
+    def report(self) -> dict[str, Any]:
+        """All that was measured so far."""
+        summary, trials = self.summary(), [asdict(trial) for trial in self.trials]
+        return {"goals": judged(summary), "summary": summary, "trials": trials}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Median and extremes of each figure of each case."""
@@ -265,35 +278,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for that")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--peer-flash", nargs="+", choices=["off", "on"], default=["off", "on"])
     parser.add_argument("--peer-streams", action="store_true", help="the peer decodes them, too")
     parser.add_argument("--out", type=Path, default=result_path("cpu_serving"))
     return parser.parse_args()
 
 
-async def measure(address: str, config: KvrelayConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All trials on the system at an address; the result is written after each round. Returns the goals."""
+async def measure(address: str, head: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All trials on the system at an address; the result, behind `head`, is written after each round."""
     cache = default_cache_dir()
     tokens = real_tokens(load_tokenizer(load_model(resolve(args.model, cache), cache), cache))
     async with open_channel(address) as channel:
         bench = Bench(ServingClient(channel), tokens, args)
         await bench.warm()
-        await bench.run(lambda: write(report(bench, config, args), args.out))
+        await bench.run(lambda: write(head | bench.report(), args.out))
     return judged(bench.summary())
 
 
-def report(bench: Bench, config: KvrelayConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """All that was measured so far."""
+def header(config: KvrelayConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """What is measured, on what; made before, as the checkout may change meanwhile."""
     settings = ("model", "weights", "kv_format", "transport", "threads", "decode_tokens", "quiet", "seed")
-    summary = bench.summary()
     return {
         **provenance(),
         "peer": None if args.peer_python is None else _peer_version(args.peer_python),
         "settings": {name: getattr(args, name) for name in settings},
         "text": SOURCE,
         "chunk_tokens": config.prefill.chunk_tokens,
-        "goals": judged(summary),
-        "summary": summary,
-        "trials": [asdict(trial) for trial in bench.trials],
     }
 
 
@@ -311,8 +321,9 @@ def main() -> None:
         "gateway.port": 0,
     }
     config: KvrelayConfig = load(flags)
+    head = header(config, args)
     with running(config, verbose=False) as address:
-        goals = asyncio.run(measure(address, config, args))
+        goals = asyncio.run(measure(address, head, args))
     show(goals)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("numpy", "numba", "ray", "grpcio", "protobuf", "tokenizers")
+PACKAGES = ("numpy", "numba", "tbb", "ray", "grpcio", "protobuf", "tokenizers")
 
 
 def cores() -> int:
@@ -35,7 +35,7 @@ def provenance(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "system": f"{platform.system().lower()}-{platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
+            **{package: _version(package) for package in packages},
         },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -129,6 +129,13 @@ def _own_ticks() -> int:
     while more := {process for process, parent in parents.items() if parent in own} - own:
         own |= more
     return sum(ticks.get(process, 0) for process in own)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:

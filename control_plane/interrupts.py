@@ -29,9 +29,10 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._number: int | None = None
-        for number in SIGNALS:
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self._before.items():
             # A signal that is ignored here was so on purpose, as by nohup.
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if handler is not signal.SIG_IGN:
                 signal.signal(number, self._raise)
 
     def check(self) -> None:
@@ -48,6 +49,8 @@ class Interrupts:
         cut.start()
         stop()
         cut.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _raise(self, number: int, frame: FrameType | None) -> NoReturn:
         self._number = number

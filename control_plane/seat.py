@@ -111,7 +111,7 @@ class Seat:
                     stub: Any = WorkerServiceStub(channel)
                     await stub.Drain(DrainRequest())
                 # Who chose this worker and comes too late still has to be sent away by it.
-                while self._directory.in_flight(self.worker_id):  # noqa: ASYNC110
+                while self._directory.in_flight(self.worker_id):  # noqa: ASYNC110 - it tells of no change  # noqa: ASYNC110
                     await asyncio.sleep(self._times.poll)
                 async with asyncio.timeout(self._times.stop):
                     await _result(self._actor.stop.remote())
