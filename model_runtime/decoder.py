@@ -16,6 +16,7 @@ from kvrelay_kernels.interface import (
     Backend,
     Linear,
     RopeTable,
+    Step,
     StepBatch,
     WeightMode,
 )
@@ -82,6 +83,7 @@ class Decoder:
             rope = ropes[0] if config.windows[layer] is None else ropes[1]
             self._layers.append(self._pack(layer, rope))
             progress("packing weights", layer + 3, jobs)
+        self._recordings: tuple[Arena | None, dict[int, Step]] = None, {}
 
     def layout(self, kv_format: str) -> BlockLayout:
         """The layout of this model's KV blocks in a format such as `int8` or `none`.
@@ -111,18 +113,36 @@ class Decoder:
         Raises:
             NonFiniteActivations: a row's logits hold NaN or infinity; the message names rows and sequences.
         """
-        backend, config, step = self.backend, self.config, batch
         if batch.rows == 0:
-            return np.empty((0, config.vocabulary), np.float32)
+            return np.empty((0, self.config.vocabulary), np.float32)
+        if on_layer is None and batch.plain:
+            logits = self._recorded(arena, batch.rows)(batch)
+        else:
+            logits = self._run(batch, arena, on_layer)
+        _check_finite(logits, batch)
+        return logits
+
+    def _recorded(self, arena: Arena, rows: int) -> Step:
+        """The step of one row each for `rows` sequences, as the backend repeats it best."""
+        if self._recordings[0] is not arena:
+            self._recordings = arena, {}
+        steps = self._recordings[1]
+        if rows not in steps:
+            steps[rows] = self.backend.record(lambda batch: self._run(batch, arena, None), rows, arena)
+        return steps[rows]
+
+    def _run(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None) -> NDArray[np.float32]:
+        backend, config, eps = self.backend, self.config, self.config.norm_eps
+        norms = [layer.attn_norm for layer in self._layers] + [self._final_norm]
         x = backend.embed(self._embed, batch.token_ids, config.embedding_scale)
+        h = backend.rms_norm(x, norms[0], eps)
         rows = batch.logit_rows
         for index, layer in enumerate(self._layers):
-            h = backend.rms_norm(x, layer.attn_norm, config.norm_eps)
             qkv = backend.linear(h, layer.qkv)
             q = backend.rope_append(qkv, batch, arena, index, layer.spec, layer.rope, layer.qk_norms)
             if on_layer is not None:
                 on_layer(index)
-            if index == config.layers - 1:
+            if index == config.layers - 1 and not batch.plain:
                 # Behind the last append only the rows whose logits are wanted matter.
                 if len(rows) == 0:
                     return np.empty((0, config.vocabulary), np.float32)
@@ -130,14 +150,11 @@ class Decoder:
                 if kept is not None:
                     x, q = x[kept], q[kept]
             o = backend.linear(backend.attention(q, batch, arena, index, layer.spec), layer.o)
-            x = backend.add(x, self._post(o, layer.post_attn_norm))
-            h = backend.rms_norm(x, layer.ffn_norm, config.norm_eps)
+            x, h = backend.add_rms_norm(x, self._post(o, layer.post_attn_norm), layer.ffn_norm, eps)
             h = backend.gate(backend.linear(h, layer.gate_up), config.activation)
-            x = backend.add(x, self._post(backend.linear(h, layer.down), layer.post_ffn_norm))
-        x = backend.rms_norm(x, self._final_norm, config.norm_eps)
-        logits = backend.logits(x, self._head, rows)
-        _check_finite(logits, step)
-        return logits
+            down = self._post(backend.linear(h, layer.down), layer.post_ffn_norm)
+            x, h = backend.add_rms_norm(x, down, norms[index + 1], eps)
+        return backend.logits(h, self._head, rows)
 
     def warm(self, arena: Arena, chunk: int, sequences: int, progress: Progress = silent) -> None:
         """Run what requests will run, so that none waits for a compiler; the arena's contents are lost.

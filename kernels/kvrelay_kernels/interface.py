@@ -1,6 +1,6 @@
 """What a backend must provide: the one set of operations that the decoder's forward pass is written in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -63,6 +63,17 @@ class StepBatch:
         """The sequences that are prompts."""
         return np.flatnonzero(self.prompts).tolist()
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether this is a step of decode alone: one row a sequence, none a prompt, logits of all."""
+        every = np.arange(self.rows)
+        return (
+            self.rows == self.sequences
+            and not self.prompts.any()
+            and np.array_equal(self.row_starts[:-1], every)
+            and np.array_equal(self.logit_rows, every)
+        )
+
     @property
     def rows(self) -> int:
         """New tokens in this step."""
@@ -100,6 +111,10 @@ class BlockCounts:
 
     computed: int = 0
     skipped: int = 0
+
+
+Step = Callable[["StepBatch"], NDArray[np.float32]]
+"""From one step's rows to the logits on the host."""
 
 
 class Arena(Protocol):
@@ -148,8 +163,8 @@ class Backend(Protocol):
         """`x / sqrt(mean(x^2) + eps) * weight` along the last dimension."""
         ...
 
-    def add(self, x: Array, y: Array) -> Array:
-        """`x + y`."""
+    def add_rms_norm(self, x: Array, y: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+        """`x + y`, and `rms_norm` of it."""
         ...
 
     def linear(self, x: Array, weight: Linear) -> Array:
@@ -188,6 +203,16 @@ class Backend(Protocol):
 
     def logits(self, x: Array, head: Linear, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32 logits on the host of the given rows: `[len(rows), vocabulary]`."""
+        ...
+
+    def record(self, step: Step, rows: int, arena: Arena) -> Step:
+        """What computes `step(batch)` for batches of `rows` sequences with one new row each, none a prompt.
+
+        `step` calls this backend's operations alone, the same ones for every such batch, and ends in
+        `logits` of all rows. A backend may run it once to take down its operations and repeat these, with
+        no work of the host between them; its arrays then hold no values while `step` runs. The result is
+        overwritten by the next call. Backends that gain nothing return `step`.
+        """
         ...
 
     def warm(self, shapes: Mapping[str, Any]) -> None:

@@ -204,7 +204,9 @@ def test_rows_of_elements(activation: Any, backend: MlxBackend) -> None:
     np.testing.assert_allclose(found, reference.gate(x, activation), atol=1e-5)
     normed = host(backend.rms_norm(mx.array(x), backend.load_array(weight), 1e-6))
     np.testing.assert_allclose(normed, reference.rms_norm(x, weight, 1e-6), atol=1e-5)
-    np.testing.assert_array_equal(host(backend.add(mx.array(x), mx.array(x))), x + x)
+    summed, normed = backend.add_rms_norm(mx.array(x), mx.array(x), backend.load_array(weight), 1e-6)
+    np.testing.assert_array_equal(host(summed), x + x)
+    np.testing.assert_allclose(host(normed), reference.rms_norm(x + x, weight, 1e-6), atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_format", ["none", "int8"])

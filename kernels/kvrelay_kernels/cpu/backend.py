@@ -23,6 +23,7 @@ from kvrelay_kernels.interface import (
     BlockCounts,
     HostWeight,
     RopeTable,
+    Step,
     StepBatch,
     WeightMode,
 )
@@ -89,10 +90,6 @@ class CpuBackend:
         out = self._blank(*x.shape)
         NORM[self._spread(x)](x, weight, eps, out, self._chunks(x))
         return out
-
-    def add(self, x: Floats, y: Floats) -> Floats:
-        """`x + y`."""
-        return x + y
 
     def add_rms_norm(self, x: Floats, y: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
         """`x + y` and its norm, in one pass."""
@@ -174,6 +171,10 @@ class CpuBackend:
     def logits(self, x: Floats, head: PackedLinear, rows: NDArray[np.int32]) -> Floats:
         """float32 logits of the given rows."""
         return self.linear(x if len(rows) == len(x) and (rows == np.arange(len(x))).all() else x[rows], head)
+
+    def record(self, step: Step, rows: int, arena: CpuArena) -> Step:
+        """`step` itself."""
+        return step
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing: kernels compile, or come from the cache, in the steps that the decoder warms up with."""

@@ -15,6 +15,7 @@ from kvrelay_kernels.interface import (
     BlockCounts,
     HostWeight,
     RopeTable,
+    Step,
     StepBatch,
     WeightMode,
 )
@@ -64,9 +65,12 @@ class MlxBackend:
         """See `Backend.rms_norm`."""
         return mx.fast.rms_norm(x, weight.astype(x.dtype), eps)
 
-    def add(self, x: mx.array, y: mx.array) -> mx.array:
-        """See `Backend.add`."""
-        return x + y
+    def add_rms_norm(
+        self, x: mx.array, y: mx.array, weight: mx.array, eps: float
+    ) -> tuple[mx.array, mx.array]:
+        """See `Backend.add_rms_norm`."""
+        summed = x + y
+        return summed, self.rms_norm(summed, weight, eps)
 
     def linear(self, x: mx.array, weight: MlxLinear) -> mx.array:
         """See `Backend.linear`."""
@@ -113,6 +117,10 @@ class MlxBackend:
     def logits(self, x: mx.array, head: MlxLinear, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Backend.logits`."""
         return np.array(head.apply(x[mx.array(rows)]).astype(mx.float32))
+
+    def record(self, step: Step, rows: int, arena: Arena) -> Step:
+        """`step` itself: MLX builds its graph of operations anew in each step."""
+        return step
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing of its own to compile: MLX loads its kernels when the decoder's warm-up steps run them."""

@@ -13,6 +13,7 @@ from kvrelay_kernels.interface import (
     BlockCounts,
     HostWeight,
     RopeTable,
+    Step,
     StepBatch,
     WeightMode,
 )
@@ -116,10 +117,6 @@ class ReferenceBackend:
         """`x / sqrt(mean(x^2) + eps) * weight`."""
         return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * weight
 
-    def add(self, x: Doubles, y: Doubles) -> Doubles:
-        """`x + y`."""
-        return x + y
-
     def add_rms_norm(self, x: Doubles, y: Doubles, weight: Doubles, eps: float) -> tuple[Doubles, Doubles]:
         """`x + y` and its norm."""
         return x + y, self.rms_norm(x + y, weight, eps)
@@ -180,6 +177,10 @@ class ReferenceBackend:
     def logits(self, x: Doubles, head: Matrix, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32 logits of the given rows."""
         return self.linear(x[rows], head).astype(np.float32)
+
+    def record(self, step: Step, rows: int, arena: ReferenceArena) -> Step:
+        """`step` itself."""
+        return step
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing is compiled here."""
