@@ -15,8 +15,8 @@ from kvrelay_kernels.interface import (
     AttentionSpec,
     Backend,
     Linear,
+    RecordedStep,
     RopeTable,
-    Step,
     StepBatch,
     WeightMode,
 )
@@ -83,7 +83,7 @@ class Decoder:
             rope = ropes[0] if config.windows[layer] is None else ropes[1]
             self._layers.append(self._pack(layer, rope))
             progress("packing weights", layer + 3, jobs)
-        self._recordings: tuple[Arena | None, dict[int, Step]] = None, {}
+        self._recordings: tuple[Arena | None, dict[int, RecordedStep]] = None, {}
 
     def layout(self, kv_format: str) -> BlockLayout:
         """The layout of this model's KV blocks in a format such as `int8` or `none`.
@@ -118,21 +118,27 @@ class Decoder:
         if on_layer is None and batch.plain:
             logits = self._recorded(arena, batch.rows)(batch)
         else:
-            logits = self._run(batch, arena, on_layer)
+            logits = self._run(self.backend, batch, arena, on_layer)
         _check_finite(logits, batch)
         return logits
 
-    def _recorded(self, arena: Arena, rows: int) -> Step:
+    def _recorded(self, arena: Arena, rows: int) -> RecordedStep:
         """The step of one row each for `rows` sequences, as the backend repeats it best."""
         if self._recordings[0] is not arena:
             self._recordings = arena, {}
         steps = self._recordings[1]
         if rows not in steps:
-            steps[rows] = self.backend.record(lambda batch: self._run(batch, arena, None), rows, arena)
+
+            def step(backend: Backend, batch: StepBatch) -> NDArray[np.float32]:
+                return self._run(backend, batch, arena, None)
+
+            steps[rows] = self.backend.record(step, rows, arena)
         return steps[rows]
 
-    def _run(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None) -> NDArray[np.float32]:
-        backend, config, eps = self.backend, self.config, self.config.norm_eps
+    def _run(
+        self, backend: Backend, batch: StepBatch, arena: Arena, on_layer: OnLayer | None
+    ) -> NDArray[np.float32]:
+        config, eps = self.config, self.config.norm_eps
         norms = [layer.attn_norm for layer in self._layers] + [self._final_norm]
         x = backend.embed(self._embed, batch.token_ids, config.embedding_scale)
         h = backend.rms_norm(x, norms[0], eps)
@@ -150,9 +156,9 @@ class Decoder:
                 if kept is not None:
                     x, q = x[kept], q[kept]
             o = backend.linear(backend.attention(q, batch, arena, index, layer.spec), layer.o)
-            x, h = backend.add_rms_norm(x, self._post(o, layer.post_attn_norm), layer.ffn_norm, eps)
+            x, h = backend.add_rms_norm(x, self._post(backend, o, layer.post_attn_norm), layer.ffn_norm, eps)
             h = backend.gate(backend.linear(h, layer.gate_up), config.activation)
-            down = self._post(backend.linear(h, layer.down), layer.post_ffn_norm)
+            down = self._post(backend, backend.linear(h, layer.down), layer.post_ffn_norm)
             x, h = backend.add_rms_norm(x, down, norms[index + 1], eps)
         return backend.logits(h, self._head, rows)
 
@@ -170,8 +176,8 @@ class Decoder:
             self.forward(sequence_steps(new_tokens, [0] * len(new_tokens))[0], arena)
         progress("warming up", len(steps), len(steps))
 
-    def _post(self, x: Array, norm: Array | None) -> Array:
-        return x if norm is None else self.backend.rms_norm(x, norm, self.config.norm_eps)
+    def _post(self, backend: Backend, x: Array, norm: Array | None) -> Array:
+        return x if norm is None else backend.rms_norm(x, norm, self.config.norm_eps)
 
     def _pack(self, layer: int, rope: RopeTable) -> _Layer:
         config = self.config

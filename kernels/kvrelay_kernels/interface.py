@@ -113,10 +113,6 @@ class BlockCounts:
     skipped: int = 0
 
 
-Step = Callable[["StepBatch"], NDArray[np.float32]]
-"""From one step's rows to the logits on the host."""
-
-
 class Arena(Protocol):
     """A fixed-capacity KV cache: `[layers, blocks]` blocks of one layout, allocated once."""
 
@@ -131,6 +127,14 @@ class Arena(Protocol):
     def write_block(self, layer: int, block: int, payload: memoryview) -> None:
         """Put a block's bytes, as they came off the wire, where attention will read them."""
         ...
+
+
+Logits = NDArray[np.float32]
+"""On the host, `[rows, vocabulary]`."""
+
+RecordedStep = Callable[[StepBatch], Logits]
+Step = Callable[[Any, StepBatch], Logits]
+"""A decoder's step, written in the operations of the Backend that is its first argument."""
 
 
 class Backend(Protocol):
@@ -205,13 +209,12 @@ class Backend(Protocol):
         """float32 logits on the host of the given rows: `[len(rows), vocabulary]`."""
         ...
 
-    def record(self, step: Step, rows: int, arena: Arena) -> Step:
-        """What computes `step(batch)` for batches of `rows` sequences with one new row each, none a prompt.
+    def record(self, step: Step, rows: int, arena: Arena) -> RecordedStep:
+        """What computes `step(self, batch)` for batches of `rows` sequences with one row each (`plain` ones).
 
-        `step` calls this backend's operations alone, the same ones for every such batch, and ends in
-        `logits` of all rows. A backend may run it once to take down its operations and repeat these, with
-        no work of the host between them; its arrays then hold no values while `step` runs. The result is
-        overwritten by the next call. Backends that gain nothing return `step`.
+        `step` calls the same operations for every such batch, and ends in `logits` of all rows. A backend may
+        call it once, with a stand-in for itself that takes the operations down, and repeat these with no work
+        of the host between them. The result may be overwritten by the next call.
         """
         ...
 

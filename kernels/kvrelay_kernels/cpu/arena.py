@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cpu.program import address
 from kvrelay_kernels.cpu.weights import aligned
 from kvrelay_kernels.quant import BlockLayout
 
@@ -26,6 +27,10 @@ class CpuArena:
         ]
         self.places: NDArray[np.int64] = np.array(offsets, np.int64)
         """Where K's codes, scales and biases, then V's, begin in a block; else thrice the values."""
+
+    def place(self, layer: int) -> tuple[int, int, int, int]:
+        """Address of the cache, where in it the layer begins, a block's items, address of `places`."""
+        return address(self.cache), layer * self.layer_items, self.block_items, address(self.places)
 
     def read_block(self, layer: int, block: int) -> memoryview:
         """A view of the block's bytes."""

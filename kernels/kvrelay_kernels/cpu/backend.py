@@ -1,20 +1,23 @@
 """The operations of a decoder on an ordinary processor."""
 
 from collections.abc import Mapping, Sequence
-from threading import get_ident
+from copy import copy
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.arena import CpuArena
-from kvrelay_kernels.cpu.decode import decode_kernel
+from kvrelay_kernels.cpu.decode import Partials, attend_code, divide_code, merge_code
 from kvrelay_kernels.cpu.prefill import LANES, attend, expand_kernel
-from kvrelay_kernels.cpu.products import FEW_ROWS, MANY_ROWS
-from kvrelay_kernels.cpu.rope import append_kernel
-from kvrelay_kernels.cpu.rows import ADD_NORM, GATE, GATHER, NORM
-from kvrelay_kernels.cpu.threads import load_tbb
+from kvrelay_kernels.cpu.products import MANY_ROWS, few_rows_code
+from kvrelay_kernels.cpu.program import address, operation, real
+from kvrelay_kernels.cpu.recording import AtOnce, Recorder, Recording, Sink
+from kvrelay_kernels.cpu.rope import append_code
+from kvrelay_kernels.cpu.rows import add_norm_code, embed_code, gate_code, norm_code, trim_code
+from kvrelay_kernels.cpu.threads import Threads
+from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.cpu.weights import PackedLinear, pack_linear
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import (
@@ -22,6 +25,7 @@ from kvrelay_kernels.interface import (
     AttentionSpec,
     BlockCounts,
     HostWeight,
+    RecordedStep,
     RopeTable,
     Step,
     StepBatch,
@@ -35,10 +39,11 @@ Floats = NDArray[np.float32]
 FEW = 64
 """Up to so many rows, weights are widened in registers; above, once a thread into scratch panels. Measured on
 one core, the two differ by less than 5% from 24 to 64 rows; both sum alike, so the choice changes no bit."""
-ALONE = 65536
-"""Elements below which one thread is done before another has been woken."""
+SHARES = 8
+"""Tasks that a thread has of a matrix product: enough to end together, few enough to be claimed cheaply."""
+CHUNK = 8192
+"""Elements of a task on whole rows, some microseconds."""
 NO_WINDOW = 2**31 - 1
-NO_NORM = (np.empty(0, np.float32), np.empty(0, np.float32), np.float32(0))
 
 
 class CpuBackend:
@@ -48,11 +53,16 @@ class CpuBackend:
     element: Element = "float32"
 
     def __init__(self, threads: int) -> None:
-        load_tbb()
-        self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        self._threads = Threads(threads)
+        self._sink: Sink = AtOnce(self._threads)
+        self._partials = Partials()
         self._tally = np.zeros(2, np.int64)
         self._scratch = np.empty(0, np.float32)
-        self._caller = 0
+
+    @property
+    def threads(self) -> int:
+        """How many threads share the work."""
+        return self._threads.count
 
     @property
     def counts(self) -> BlockCounts:
@@ -79,40 +89,64 @@ class CpuBackend:
 
     def embed(self, table: PackedLinear, token_ids: NDArray[np.int32], scale: float) -> Floats:
         """Rows `token_ids` times `scale`. Raises IndexError for an id outside the table."""
-        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < table.rows:
-            raise IndexError(f"token ids must lie in 0..{table.rows - 1}")
-        out = self._blank(len(token_ids), table.columns)
-        GATHER[table.bits](table.codes, table.affine, table.group, token_ids, np.float32(scale), out)
+        self._sink.before(partial(_check_ids, token_ids, table.rows))
+        rows, out = len(token_ids), self._sink.blank(len(token_ids), table.columns)
+        tasks, chunk = _cut(rows, table.columns)
+        code = embed_code(table.bits, table.half)
+        codes, affine = address(table.codes), address(table.affine)
+        places = codes, affine, table.group, table.columns, address(token_ids), address(out)
+        self._sink.do(out.size, operation(code, tasks, *places, rows, chunk, real(scale)))
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
         """`x / sqrt(mean(x^2) + eps) * weight`."""
-        out = self._blank(*x.shape)
-        NORM[self._spread(x)](x, weight, eps, out, self._chunks(x))
+        out = self._sink.blank(*x.shape)
+        tasks, chunk = _cut(*x.shape)
+        places = address(x), address(weight), address(out)
+        self._sink.do(x.size, operation(norm_code(), tasks, *places, *x.shape, chunk, real(eps)))
         return out
 
     def add_rms_norm(self, x: Floats, y: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
         """`x + y` and its norm, in one pass."""
-        summed, out = self._blank(*x.shape), self._blank(*x.shape)
-        ADD_NORM[self._spread(x)](x, y, weight, eps, summed, out, self._chunks(x))
+        summed, out = self._sink.blank(*x.shape), self._sink.blank(*x.shape)
+        tasks, chunk = _cut(*x.shape)
+        places = address(x), address(y), address(weight), address(summed), address(out)
+        self._sink.do(x.size, operation(add_norm_code(), tasks, *places, *x.shape, chunk, real(eps)))
         return summed, out
 
     def linear(self, x: Floats, weight: PackedLinear) -> Floats:
         """`x @ weight.T (+ bias)`."""
-        self._claim_threads()
-        out = self._blank(len(x), weight.width)
-        kernels = FEW_ROWS if len(x) <= FEW else MANY_ROWS
-        kernels[weight.bits](x, weight.codes, weight.affine, weight.group, out, self.threads)
-        if weight.width != weight.rows:
-            out = np.ascontiguousarray(out[:, : weight.rows])
-        if weight.bias is not None:
-            out += weight.bias
-        return out
+        rows, out = len(x), self._sink.blank(len(x), weight.width)
+        if rows <= FEW:
+            panels = weight.width // PANEL
+            chunk = 2 * max(1, panels // (2 * self.threads * SHARES))
+            code = few_rows_code(weight.bits, weight.half)
+            matrix = address(weight.codes), address(weight.affine), weight.group
+            places = address(x), rows, weight.columns, *matrix, address(out), panels, chunk
+            self._sink.do(rows * weight.codes.size, operation(code, -(-panels // chunk), *places))
+        else:
+            self._threads.claim()
+            MANY_ROWS[weight.bits](x, weight.codes, weight.affine, weight.group, out, self.threads)
+        if weight.width == weight.rows and weight.bias is None:
+            return out
+        trimmed = self._sink.blank(rows, weight.rows)
+        tasks, chunk = _cut(rows, weight.rows)
+        bias = 0 if weight.bias is None else address(weight.bias)
+        places = address(out), weight.width, address(trimmed), weight.rows, rows, chunk, bias
+        self._sink.do(trimmed.size, operation(trim_code(), tasks, *places))
+        return trimmed
 
     def gate(self, gate_up: Floats, activation: Activation) -> Floats:
         """`activation(left half) * right half`."""
-        out = self._blank(len(gate_up), gate_up.shape[1] // 2)
-        GATE[self._spread(gate_up), activation](gate_up, out, self._chunks(gate_up))
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = self._sink.blank(rows, width)
+        pieces = max(1, width // CHUNK)
+        code = gate_code(activation == "gelu_tanh")
+        columns = -(-width // pieces // LANES) * LANES
+        self._sink.do(
+            out.size,
+            operation(code, rows * pieces, address(gate_up), address(out), width, columns, pieces),
+        )
         return out
 
     def rope_append(
@@ -126,33 +160,67 @@ class CpuBackend:
         norms: tuple[Floats, Floats, float] | None,
     ) -> Floats:
         """Norm, rope, quantize into the arena; returns q. The bytes are those of `quant.affine.quantize`."""
-        out = self._blank(len(qkv), spec.heads * spec.head_dim)
-        fmt = arena.layout.format
-        kernel = append_kernel(fmt.bits, fmt.group, spec.head_dim, self._spread(qkv))
-        q_norm, k_norm, eps = norms or NO_NORM
-        kernel(
-            qkv.reshape(-1), batch.positions, batch.row_starts, batch.block_tables, rope.cos, rope.sin,
-            q_norm, k_norm, np.float32(eps),
-            arena.cache, layer * arena.layer_items, arena.block_items, arena.places,
-            spec.heads, spec.kv_heads, out.reshape(-1), self._chunks(qkv),
-        )  # fmt: skip
+        rows, out = len(qkv), self._sink.blank(len(qkv), spec.heads * spec.head_dim)
+        fmt, (tasks, chunk) = arena.layout.format, _cut(len(qkv), qkv.shape[1])
+        pieces = spec.kv_heads if chunk == 1 else 1
+        turned = address(rope.cos), address(rope.sin), rope.cos.shape[1]
+        weights = (0, 0, real(0)) if norms is None else (address(norms[0]), address(norms[1]), real(norms[2]))
+        code = append_code(fmt.bits, fmt.group, spec.head_dim)
+        places = address(batch.positions), address(batch.row_starts), *_tables(batch), *turned, *weights
+        heads = spec.heads, spec.kv_heads, address(out), rows, chunk, pieces
+        place = arena.place(layer)
+        self._sink.do(qkv.size, operation(code, tasks * pieces, address(qkv), *places, *place, *heads))
         return out
 
     def attention(
         self, q: Floats, batch: StepBatch, arena: CpuArena, layer: int, spec: AttentionSpec
     ) -> Floats:
         """Attention over the arena: prompts tile by tile, other sequences' one row from the codes."""
-        self._claim_threads()
-        out = self._blank(*q.shape)
+        out = self._sink.blank(*q.shape)
+        if not batch.prompts.all():
+            self._attend_rows(q, batch, arena, layer, spec, out)
+        if batch.prompt_numbers:
+            self._attend_prompts(q, batch, arena, layer, spec, out)
+        return out
+
+    def _attend_rows(
+        self, q: Floats, batch: StepBatch, arena: CpuArena, layer: int, spec: AttentionSpec, out: Floats
+    ) -> None:
+        self._partials.reserve(batch.lengths, spec)
+        shape = (
+            arena.layout.format.bits,
+            arena.layout.format.group,
+            spec.head_dim,
+            spec.heads // spec.kv_heads,
+        )
+        starts, opens = self._sink.numbers(batch.sequences + 1), self._sink.numbers(batch.sequences)
+        row_starts, lengths = address(batch.row_starts), address(batch.lengths)
+        prompts = address(batch.prompts) if batch.prompt_numbers else 0
+        work, partials = (address(starts), address(opens)), address(self._partials.places)
+        window = spec.window or NO_WINDOW
+        self._sink.do(
+            q.size * int(batch.lengths.max()),
+            operation(
+                divide_code(), 1, prompts, lengths, batch.sequences, window, spec.kv_heads, *work,
+                address(self._tally),
+            ),
+            operation(
+                attend_code(*shape), starts[batch.sequences :], address(q), row_starts, lengths,
+                *_tables(batch), *work, *arena.place(layer), spec.kv_heads, real(spec.scale), partials,
+            ),
+            operation(
+                merge_code(*shape), batch.sequences * spec.kv_heads, row_starts, address(starts),
+                spec.kv_heads, partials, address(out),
+            ),
+        )  # fmt: skip
+
+    def _attend_prompts(
+        self, q: Floats, batch: StepBatch, arena: CpuArena, layer: int, spec: AttentionSpec, out: Floats
+    ) -> None:
+        self._threads.claim()
         fmt, group = arena.layout.format, spec.heads // spec.kv_heads
         window, scale = spec.window or NO_WINDOW, np.float32(spec.scale)
         place = arena.cache, layer * arena.layer_items, arena.block_items, arena.places
-        decode_kernel(fmt.bits, fmt.group, spec.head_dim, group)(
-            q.reshape(-1), batch.prompts, batch.row_starts, batch.lengths, batch.block_tables, *place,
-            spec.kv_heads, window, scale, out.reshape(-1), self._tally, self.threads,
-        )  # fmt: skip
-        if not batch.prompt_numbers:
-            return out
         expand = expand_kernel(fmt.bits, fmt.group, spec.head_dim)
         for s in batch.prompt_numbers:
             row, rows = int(batch.row_starts[s]), int(batch.row_starts[s + 1] - batch.row_starts[s])
@@ -166,21 +234,25 @@ class CpuBackend:
                     q.reshape(-1), row, rows, position, keys, values, first, head * group, group, spec.heads,
                     window, scale, out.reshape(-1), self._tally, head == 0, self.threads,
                 )  # fmt: skip
-        return out
 
     def logits(self, x: Floats, head: PackedLinear, rows: NDArray[np.int32]) -> Floats:
         """float32 logits of the given rows."""
         return self.linear(x if len(rows) == len(x) and (rows == np.arange(len(x))).all() else x[rows], head)
 
-    def record(self, step: Step, rows: int, arena: CpuArena) -> Step:
-        """`step` itself."""
-        return step
+    def record(self, step: Step, rows: int, arena: CpuArena) -> RecordedStep:
+        """The operations of `step` as one program; for many rows, `step` itself."""
+        if rows > FEW:
+            return partial(step, self)
+
+        def run(recorder: Recorder, partials: Partials, batch: StepBatch) -> Floats:
+            recording = copy(self)
+            recording._sink, recording._partials = recorder, partials
+            return step(recording, batch)
+
+        return Recording(run, rows, arena, self._threads)
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing: kernels compile, or come from the cache, in the steps that the decoder warms up with."""
-
-    def _blank(self, rows: int, width: int) -> Floats:
-        return np.empty((rows, width), np.float32)
 
     def _panels(self, blocks: int, dim: int) -> tuple[Floats, Floats]:
         """Scratch for one kv head's widened keys and values, kept from call to call."""
@@ -191,18 +263,18 @@ class CpuBackend:
         keys, values = self._scratch[:split], self._scratch[split:size]
         return keys.reshape(blocks, dim, BLOCK_TOKENS), values.reshape(blocks, BLOCK_TOKENS, padded)
 
-    def _spread(self, x: Floats) -> bool:
-        return self.threads > 1 and x.size >= ALONE
 
-    def _chunks(self, x: Floats) -> int:
-        if not self._spread(x):
-            return 1
-        self._claim_threads()
-        return self.threads
+def _cut(rows: int, width: int) -> tuple[int, int]:
+    """Tasks, and rows of each, of an operation on rows of `width` elements."""
+    chunk = max(1, CHUNK // width)
+    return -(-rows // chunk), chunk
 
-    def _claim_threads(self) -> None:
-        """Numba counts threads for each calling thread apart."""
-        caller = get_ident()
-        if caller != self._caller:
-            numba.set_num_threads(self.threads)
-            self._caller = caller
+
+def _tables(batch: StepBatch) -> tuple[int, int]:
+    """Address and width of the block tables."""
+    return address(batch.block_tables), batch.block_tables.shape[1]
+
+
+def _check_ids(token_ids: NDArray[np.int32], rows: int) -> None:
+    if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < rows:
+        raise IndexError(f"token ids must lie in 0..{rows - 1}")

@@ -1,15 +1,15 @@
 """Attention of sequences that are written on, a row each: from the quantized blocks, split along the keys."""
 
-from collections.abc import Callable
 from functools import cache as once
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.blocks import ask, blend, reorder, score_tokens, weigh_values
-from kvrelay_kernels.cpu.products import THREADED, share
+from kvrelay_kernels.cpu.program import address, doubles, flags, floats, longs, octets, task_code, words
 from kvrelay_kernels.cpu.softmax import exponentials, largest
+from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
 SPLIT = 2 * BLOCK_TOKENS
@@ -17,113 +17,175 @@ SPLIT = 2 * BLOCK_TOKENS
 
 
 @once
-def decode_kernel(bits: int, group: int, dim: int, heads: int) -> Callable[..., None]:
-    """The kernel for one cache format, head dimension and number of query heads a kv head."""
+def divide_code() -> Any:
+    """Flags of prompts or 0, lengths, sequences, window, kv heads, first task of each sequence, first key of
+    each, tally. One task: it divides the work of the sequences that are no prompts.
+    """
+
+    def divide(at: int, _: int) -> None:
+        a = longs(at)
+        prompts, lengths, sequences, window, kv_heads = flags(a[0]), words(a[1]), a[2], a[3], a[4]
+        starts, opens, tally = longs(a[5]), longs(a[6]), longs(a[7])
+        total = 0
+        for s in range(sequences):
+            starts[s] = total
+            if a[0] == 0 or not prompts[s]:
+                first = max(0, lengths[s] - window)
+                skipped = first // BLOCK_TOKENS
+                opens[s] = first
+                tally[0] += (lengths[s] - 1) // BLOCK_TOKENS + 1 - skipped
+                tally[1] += skipped
+                total += ((lengths[s] - 1) // SPLIT - first // SPLIT + 1) * kv_heads
+        starts[sequences] = total
+
+    return task_code(divide)
+
+
+@once
+def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
+    """q, first rows of sequences, lengths, block tables, their width, first tasks and first keys of
+    sequences, cache, the layer's place in it, a block's items, places in a block, kv heads, scale, addresses
+    of sums, tops and weights. A task is one kv head, which `heads` query heads share, over one split of keys.
+    """
     size = dim * bits // 8 if bits else dim
     pair = 2 * (dim // group) if bits else 0
     all_pairs = BLOCK_TOKENS * pair
     one = np.float32(1)
 
-    @njit(parallel=THREADED, nogil=True, cache=True, error_model="numpy")
-    def decode(
-        q: Any, prompts: Any, row_starts: Any, lengths: Any, tables: Any,
-        cache: Any, base: int, stride: int, places: Any,
-        kv_heads: int, window: int, scale: Any, out: Any, tally: Any, threads: int,
-    ) -> None:  # fmt: skip
-        sequences = len(lengths)
-        starts = np.zeros(sequences + 1, np.int64)
-        opens = np.zeros(sequences, np.int64)
-        for s in range(sequences):
-            tasks = 0
-            if not prompts[s]:
-                opens[s] = max(0, lengths[s] - window)
-                tasks = ((lengths[s] - 1) // SPLIT - opens[s] // SPLIT + 1) * kv_heads
-                skipped = opens[s] // BLOCK_TOKENS
-                tally[0] += (lengths[s] - 1) // BLOCK_TOKENS + 1 - skipped
-                tally[1] += skipped
-            starts[s + 1] = starts[s] + tasks
-        total = starts[sequences]
-        if total == 0:
-            return
-        sums = np.zeros((total, heads, dim), np.float32)
-        tops = np.empty((total, heads), np.float32)
-        weights = np.empty((total, heads), np.float32)
-        for thread in prange(threads):
-            query = np.empty(heads * dim, np.float32)
-            scores = np.empty(heads * SPLIT, np.float32)
-            first, last = share(total, thread, threads)
-            s = 0
-            for task in range(first, last):
-                while task >= starts[s + 1]:
-                    s += 1
-                split, head = divmod(task - starts[s], kv_heads)
-                begin = (opens[s] // SPLIT + split) * SPLIT
-                at = (row_starts[s] * kv_heads + head) * heads * dim
-                for h in range(heads):
-                    reorder(q, at + h * dim, one, query, h * dim, True, bits, group, dim)
-                scores[:] = -np.inf
-                for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
-                    skip = max(0, opens[s] - key)
-                    count = min(BLOCK_TOKENS, lengths[s] - key) - skip
-                    if count > 0:
-                        block = base + tables[s, key // BLOCK_TOKENS] * stride
-                        token = head * BLOCK_TOKENS + skip
-                        codes, scales = block + places[0] + token * size, block + places[1] + token * pair
-                        biases = block + places[2] + token * pair
-                        target = key - begin + skip
-                        # Scales lie apart from codes: waiting for their few lines costs as much as all codes.
-                        ask(cache, block + places[4] + token * pair, all_pairs)
-                        ask(cache, block + places[5] + token * pair, all_pairs)
-                        ahead = block + places[3] + token * size
-                        score_tokens(
-                            cache, codes, scales, biases, count, ahead, query, scores,
-                            target, SPLIT, bits, group, dim, heads,
-                        )  # fmt: skip
-                for h in range(heads):
-                    line = h * SPLIT
-                    top = max(largest(scores, line), largest(scores, line + BLOCK_TOKENS)) * scale
-                    weights[task, h] = exponentials(scores, line, scale, top)
-                    weights[task, h] += exponentials(scores, line + BLOCK_TOKENS, scale, top)
-                    tops[task, h] = top
-                for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
-                    skip = max(0, opens[s] - key)
-                    count = min(BLOCK_TOKENS, lengths[s] - key) - skip
-                    if count > 0:
-                        block = base + tables[s, key // BLOCK_TOKENS] * stride
-                        token = head * BLOCK_TOKENS + skip
-                        codes, scales = block + places[3] + token * size, block + places[4] + token * pair
-                        biases = block + places[5] + token * pair
-                        p, target = key - begin + skip, task * heads * dim
-                        after, token = block, (head + 1) * BLOCK_TOKENS
-                        if head + 1 == kv_heads:
-                            after = (
-                                base + tables[s, min(key + SPLIT, lengths[s] - 1) // BLOCK_TOKENS] * stride
-                            )
-                            token = 0
-                        ask(cache, after + places[1] + token * pair, all_pairs)
-                        ask(cache, after + places[2] + token * pair, all_pairs)
-                        ahead = after + places[0] + token * size
-                        weigh_values(
-                            cache, codes, scales, biases, count, ahead, scores, p, SPLIT, sums, target,
-                            bits, group, dim, heads,
-                        )  # fmt: skip
-        merged = np.empty(dim, np.float32)
-        for s in range(sequences):
-            if starts[s] == starts[s + 1]:
-                continue
-            for head in range(kv_heads):
-                first, last = starts[s] + head, starts[s + 1]
-                for h in range(heads):
-                    top = tops[first, h]
-                    for task in range(first + kv_heads, last, kv_heads):
-                        top = max(top, tops[task, h])
-                    weight = np.float32(0)
-                    merged[:] = 0
-                    for task in range(first, last, kv_heads):
-                        part = np.float32(np.exp(tops[task, h] - top))
-                        weight += part * weights[task, h]
-                        blend(sums, (task * heads + h) * dim, part, merged, dim)
-                    to = ((row_starts[s] * kv_heads + head) * heads + h) * dim
-                    reorder(merged, 0, one / weight, out, to, False, bits, group, dim)
+    def attend(at: int, task: int) -> None:
+        a = longs(at)
+        q, row_starts, lengths, tables, pitch = (
+            floats(a[0]),
+            words(a[1]),
+            words(a[2]),
+            words(a[3]),
+            a[4],
+        )
+        starts, opens = longs(a[5]), longs(a[6])
+        cache = octets(a[7]) if bits else floats(a[7])
+        base, stride, places, kv_heads = a[8], a[9], longs(a[10]), a[11]
+        scale, partials = np.float32(doubles(at)[12]), longs(a[13])
+        sums, tops, weights = floats(partials[0]), floats(partials[1]), floats(partials[2])
+        query = np.empty(heads * dim, np.float32)
+        scores = np.empty(heads * SPLIT, np.float32)
+        s = 0
+        while task >= starts[s + 1]:
+            s += 1
+        split, head = divmod(task - starts[s], kv_heads)
+        begin = (opens[s] // SPLIT + split) * SPLIT
+        source = (row_starts[s] * kv_heads + head) * heads * dim
+        for h in range(heads):
+            reorder(q, source + h * dim, one, query, h * dim, True, bits, group, dim)
+        for i in range(heads * SPLIT):
+            scores[i] = -np.inf
+        for i in range(heads * dim):
+            sums[task * heads * dim + i] = 0
+        for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
+            skip = max(0, opens[s] - key)
+            count = min(BLOCK_TOKENS, lengths[s] - key) - skip
+            if count > 0:
+                block = base + tables[s * pitch + key // BLOCK_TOKENS] * stride
+                token = head * BLOCK_TOKENS + skip
+                codes, scales = block + places[0] + token * size, block + places[1] + token * pair
+                biases = block + places[2] + token * pair
+                target = key - begin + skip
+                # Scales lie apart from codes: waiting for their few lines costs as much as all codes.
+                ask(cache, block + places[4] + token * pair, all_pairs)
+                ask(cache, block + places[5] + token * pair, all_pairs)
+                ahead = block + places[3] + token * size
+                score_tokens(
+                    cache, codes, scales, biases, count, ahead, query, scores,
+                    target, SPLIT, bits, group, dim, heads,
+                )  # fmt: skip
+        for h in range(heads):
+            line = h * SPLIT
+            top = max(largest(scores, line), largest(scores, line + BLOCK_TOKENS)) * scale
+            weights[task * heads + h] = exponentials(scores, line, scale, top)
+            weights[task * heads + h] += exponentials(scores, line + BLOCK_TOKENS, scale, top)
+            tops[task * heads + h] = top
+        for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
+            skip = max(0, opens[s] - key)
+            count = min(BLOCK_TOKENS, lengths[s] - key) - skip
+            if count > 0:
+                block = base + tables[s * pitch + key // BLOCK_TOKENS] * stride
+                token = head * BLOCK_TOKENS + skip
+                codes, scales = block + places[3] + token * size, block + places[4] + token * pair
+                biases = block + places[5] + token * pair
+                p, target = key - begin + skip, task * heads * dim
+                after, token = block, (head + 1) * BLOCK_TOKENS
+                if head + 1 == kv_heads:
+                    after = (
+                        base + tables[s * pitch + min(key + SPLIT, lengths[s] - 1) // BLOCK_TOKENS] * stride
+                    )
+                    token = 0
+                ask(cache, after + places[1] + token * pair, all_pairs)
+                ask(cache, after + places[2] + token * pair, all_pairs)
+                ahead = after + places[0] + token * size
+                weigh_values(
+                    cache, codes, scales, biases, count, ahead, scores, p, SPLIT, sums, target,
+                    bits, group, dim, heads,
+                )  # fmt: skip
 
-    return decode
+    return task_code(attend)
+
+
+@once
+def merge_code(bits: int, group: int, dim: int, heads: int) -> Any:
+    """First rows of sequences, first tasks of each, kv heads, addresses of sums, tops and weights, out.
+    A task is one kv head of a sequence; prompts are passed over.
+    """
+    one = np.float32(1)
+
+    def merge(at: int, task: int) -> None:
+        a = longs(at)
+        row_starts, starts, kv_heads, partials, out = (
+            words(a[0]),
+            longs(a[1]),
+            a[2],
+            longs(a[3]),
+            floats(a[4]),
+        )
+        sums, tops, weights = floats(partials[0]), floats(partials[1]), floats(partials[2])
+        s, head = divmod(task, kv_heads)
+        first, last = starts[s] + head, starts[s + 1]
+        if first >= last:
+            return
+        merged = np.empty(dim, np.float32)
+        for h in range(heads):
+            top = tops[first * heads + h]
+            for part in range(first + kv_heads, last, kv_heads):
+                top = max(top, tops[part * heads + h])
+            weight = np.float32(0)
+            for i in range(dim):
+                merged[i] = 0
+            for part in range(first, last, kv_heads):
+                factor = np.float32(np.exp(tops[part * heads + h] - top))
+                weight += factor * weights[part * heads + h]
+                blend(sums, (part * heads + h) * dim, factor, merged, dim)
+            to = ((row_starts[s] * kv_heads + head) * heads + h) * dim
+            reorder(merged, 0, one / weight, out, to, False, bits, group, dim)
+
+    return task_code(merge)
+
+
+class Partials:
+    """Where splits leave their sums, largest scores and sums of weights until they are merged."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.float32)
+        self._heads = self._dim = 0
+        self.places = np.zeros(3, np.int64)
+        """Addresses of sums, tops and weights."""
+
+    def reserve(self, lengths: NDArray[np.int32], spec: AttentionSpec) -> None:
+        """Make room for one row a sequence over so many keys; what was there is lost."""
+        self._heads, self._dim = spec.heads, spec.head_dim
+        self.grow(lengths)
+
+    def grow(self, lengths: NDArray[np.int32]) -> None:
+        """`reserve` with the heads of before."""
+        queries = int(np.sum(lengths // SPLIT + 2)) * self._heads
+        if len(self._memory) < queries * (self._dim + 2):
+            self._memory = np.empty(2 * queries * (self._dim + 2), np.float32)
+        tops = address(self._memory) + queries * self._dim * 4
+        self.places[:] = address(self._memory), tops, tops + queries * 4

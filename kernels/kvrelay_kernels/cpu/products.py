@@ -1,11 +1,13 @@
 """Matrix products on packed weights: widened in registers for few rows, through scratch panels for many."""
 
 from collections.abc import Callable
+from functools import cache as once
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
 
+from kvrelay_kernels.cpu.program import THREADED, floats, halves, longs, octets, task_code
 from kvrelay_kernels.cpu.tiles import PANEL, accumulate, expand, product
 from kvrelay_kernels.cpu.vector import host_registers
 
@@ -15,8 +17,6 @@ MOST_ROWS = 8 if LANES == 16 else 2
 TILE_ROWS = 6
 TILE_LANES = 64 if LANES == 16 else 16
 WIDE = 2 * PANEL
-THREADED: Any = {"prange": True, "setitem": False, "numpy": False, "reduction": False, "comprehension": False}
-"""What `parallel` means here: explicit loops. Numba would wake its threads for each array filled, too."""
 DEPTH = 128
 """Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
 
@@ -27,40 +27,43 @@ def share(count: int, part: int, parts: int) -> tuple[int, int]:
     return count * part // parts, count * (part + 1) // parts
 
 
-def _few(bits: int) -> Callable[..., None]:
+@once
+def few_rows_code(bits: int, half: bool) -> Any:
+    """x, rows, columns, codes, their scales and biases, group, out, panels, panels of a task."""
     most = MOST_ROWS
 
-    @njit(parallel=THREADED, nogil=True, cache=True)
-    def few_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
-        rows, columns = x.shape
-        panels, width = out.shape[1] // PANEL, out.shape[1]
-        for thread in prange(threads):
-            panel, last = share(panels, thread, threads)
-            while panel < last:
-                start = panel * PANEL
-                if rows == 1 and panel + 1 < last:
-                    product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 2)
-                    panel += 2
-                    continue
-                row = 0
-                while rows - row >= most:
-                    at, to = row * columns, row * width + start
-                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, most, 1)
-                    row += most
-                if most > 4 and rows - row >= 4:
-                    at, to = row * columns, row * width + start
-                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 4, 1)
-                    row += 4
-                if most > 2 and rows - row >= 2:
-                    at, to = row * columns, row * width + start
-                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 2, 1)
-                    row += 2
-                if rows - row == 1:
-                    at, to = row * columns, row * width + start
-                    product(x, at, columns, codes, affine, panel, group, out, to, width, bits, 1, 1)
-                panel += 1
+    def few_rows(at: int, task: int) -> None:
+        a = longs(at)
+        x, rows, columns = floats(a[0]), a[1], a[2]
+        codes = floats(a[3]) if bits == 32 else octets(a[3])
+        affine = halves(a[4]) if half else floats(a[4])
+        group, out, width = a[5], floats(a[6]), a[7] * PANEL
+        panel, last = task * a[8], min(a[7], (task + 1) * a[8])
+        while panel < last:
+            start = panel * PANEL
+            if rows == 1 and panel + 1 < last:
+                product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 2)
+                panel += 2
+                continue
+            row = 0
+            while rows - row >= most:
+                source, to = row * columns, row * width + start
+                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, most, 1)
+                row += most
+            if most > 4 and rows - row >= 4:
+                source, to = row * columns, row * width + start
+                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 4, 1)
+                row += 4
+            if most > 2 and rows - row >= 2:
+                source, to = row * columns, row * width + start
+                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 2, 1)
+                row += 2
+            if rows - row == 1:
+                source, to = row * columns, row * width + start
+                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 1, 1)
+            panel += 1
 
-    return few_rows
+    return task_code(few_rows)
 
 
 @njit(nogil=True, cache=True)
@@ -122,5 +125,4 @@ def _many(bits: int) -> Callable[..., None]:
     return many_rows
 
 
-FEW_ROWS = {bits: _few(bits) for bits in (4, 8, 32)}
 MANY_ROWS = {bits: _many(bits) for bits in (4, 8, 32)}

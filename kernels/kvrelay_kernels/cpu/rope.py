@@ -1,74 +1,78 @@
 """Rotary embedding of q and k, and the quantized write of k and v into the arena."""
 
-from collections.abc import Callable
 from functools import cache as once
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from kvrelay_kernels.cpu.blocks import put_token
-from kvrelay_kernels.cpu.products import THREADED, share
+from kvrelay_kernels.cpu.program import doubles, floats, longs, octets, task_code, words
 from kvrelay_kernels.cpu.rows import square_sum
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def turn(
-    x: Any, at: int, dim: int, weight: Any, eps: Any, cos: Any, sin: Any, position: int, out: Any, target: int
-) -> None:
-    """One head from element `at` of x: norm where `weight` is not empty, rotate, to `target` of `out`."""
-    half = cos.shape[1]
+    x: Any, at: int, dim: int, half: int, weight: Any, normed: bool, eps: Any, cos: Any, sin: Any, angle: int,
+    out: Any, target: int,
+) -> None:  # fmt: skip
+    """One head from element `at` of x: norm if `normed`, rotate by the angles from `angle` on, to `out`."""
     scale = np.float32(1)
-    if len(weight):
+    if normed:
         scale = np.float32(1 / np.sqrt(square_sum(x, at, dim) / dim + eps))
     for i in range(dim):
-        factor = weight[i] if len(weight) else np.float32(1)
+        factor = weight[i] if normed else np.float32(1)
         out[target + i] = x[at + i] * scale * factor
     for i in range(half):
         a, b = out[target + i], out[target + half + i]
-        c, s = cos[position, i], sin[position, i]
+        c, s = cos[angle + i], sin[angle + i]
         out[target + i] = a * c - b * s
         out[target + half + i] = b * c + a * s
 
 
 @once
-def append_kernel(bits: int, group: int, dim: int, parallel: bool) -> Callable[..., None]:
-    """The kernel for one cache format and head dimension."""
+def append_code(bits: int, group: int, dim: int) -> Any:
+    """qkv, positions, first rows of sequences, block tables, their width, cosines, sines, half the rotated
+    elements, weights of q's and k's norms or 0, eps, cache, the layer's place in it, a block's items, places
+    in a block, heads, kv heads, q, rows, rows of a task, tasks of a row: each takes some of the kv heads.
+    """
     size = dim * bits // 8 if bits else dim
     pair = 2 * (dim // group) if bits else 0
 
-    @njit(parallel=parallel and THREADED, nogil=True, cache=True)
-    def append(
-        qkv: Any, positions: Any, row_starts: Any, tables: Any, cos: Any, sin: Any,
-        q_norm: Any, k_norm: Any, eps: Any,
-        cache: Any, base: int, stride: int, places: Any, heads: int, kv_heads: int, out: Any, threads: int,
-    ) -> None:  # fmt: skip
-        rows, width = len(positions), (heads + 2 * kv_heads) * dim
-        for thread in prange(threads):
-            key = np.empty(dim, np.float32)
-            sequence = 0
-            first, last = share(rows, thread, threads)
-            for row in range(first, last):
-                while row >= row_starts[sequence + 1]:
-                    sequence += 1
-                position = positions[row]
-                block = base + tables[sequence, position // BLOCK_TOKENS] * stride
-                token = position % BLOCK_TOKENS
-                at, target = row * width, row * heads * dim
-                for _ in range(heads):
-                    turn(qkv, at, dim, q_norm, eps, cos, sin, position, out, target)
-                    at += dim
-                    target += dim
-                for head in range(kv_heads):
-                    index = head * BLOCK_TOKENS + token
-                    turn(qkv, at, dim, k_norm, eps, cos, sin, position, key, 0)
-                    codes, scales = block + places[0] + index * size, block + places[1] + index * pair
-                    biases = block + places[2] + index * pair
-                    put_token(key, 0, cache, codes, scales, biases, bits, group, dim)
-                    codes, scales = block + places[3] + index * size, block + places[4] + index * pair
-                    biases = block + places[5] + index * pair
-                    put_token(qkv, at + kv_heads * dim, cache, codes, scales, biases, bits, group, dim)
-                    at += dim
+    def append(at: int, task: int) -> None:
+        a = longs(at)
+        qkv, positions, row_starts, tables, table_width = (
+            floats(a[0]), words(a[1]), words(a[2]), words(a[3]), a[4],
+        )  # fmt: skip
+        cos, sin, half, q_norm, k_norm = floats(a[5]), floats(a[6]), a[7], floats(a[8]), floats(a[9])
+        normed, eps = a[8] != 0, np.float32(doubles(at)[10])
+        cache = octets(a[11]) if bits else floats(a[11])
+        base, stride, places, heads, kv_heads = a[12], a[13], longs(a[14]), a[15], a[16]
+        out, rows, chunk, pieces = floats(a[17]), a[18], a[19], a[20]
+        key = np.empty(dim, np.float32)
+        width, shared = (heads + 2 * kv_heads) * dim, heads // kv_heads
+        sequence = 0
+        part, piece = divmod(task, pieces)
+        for row in range(part * chunk, min(rows, (part + 1) * chunk)):
+            while row >= row_starts[sequence + 1]:
+                sequence += 1
+            position = positions[row]
+            block = base + tables[sequence * table_width + position // BLOCK_TOKENS] * stride
+            token, angle = position % BLOCK_TOKENS, position * half
+            for head in range(kv_heads * piece // pieces, kv_heads * (piece + 1) // pieces):
+                for query in range(head * shared, (head + 1) * shared):
+                    turn(
+                        qkv, row * width + query * dim, dim, half, q_norm, normed, eps, cos, sin, angle,
+                        out, (row * heads + query) * dim,
+                    )  # fmt: skip
+                index, source = head * BLOCK_TOKENS + token, row * width + (heads + head) * dim
+                turn(qkv, source, dim, half, k_norm, normed, eps, cos, sin, angle, key, 0)
+                codes, scales = block + places[0] + index * size, block + places[1] + index * pair
+                biases = block + places[2] + index * pair
+                put_token(key, 0, cache, codes, scales, biases, bits, group, dim)
+                codes, scales = block + places[3] + index * size, block + places[4] + index * pair
+                biases = block + places[5] + index * pair
+                put_token(qkv, source + kv_heads * dim, cache, codes, scales, biases, bits, group, dim)
 
-    return append
+    return task_code(append)

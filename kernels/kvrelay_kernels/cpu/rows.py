@@ -1,13 +1,16 @@
-"""Operations on whole rows: norms, gates, sums and single rows of an embedding."""
+"""Operations on whole rows: norms, gates, sums and single rows of an embedding.
 
-from collections.abc import Callable
+Each `_code` names the arguments of its operation; arrays are addresses of contiguous float32.
+"""
+
+from functools import cache as once
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import types
 
 from kvrelay_kernels.cpu import vector
-from kvrelay_kernels.cpu.products import THREADED, share
+from kvrelay_kernels.cpu.program import doubles, floats, halves, longs, octets, task_code, words
 from kvrelay_kernels.cpu.tiles import PANEL, affine_at
 from kvrelay_kernels.cpu.vector import FLOAT, Registers, emitted
 
@@ -69,84 +72,99 @@ def gate_lanes(
     return types.void(x, types.intp, types.intp, out, types.intp, gelu, lanes), generate
 
 
-def _norm(parallel: bool) -> Any:
-    @njit(parallel=parallel and THREADED, nogil=True, cache=True, error_model="numpy")
-    def norm(x: Any, weight: Any, eps: Any, out: Any, threads: int) -> None:
-        rows, width = x.shape
-        for thread in prange(threads):
-            first, last = share(rows, thread, threads)
-            for row in range(first, last):
-                scale = np.float32(1 / np.sqrt(square_sum(x, row * width, width) / width + eps))
-                for i in range(width):
-                    out[row, i] = x[row, i] * scale * weight[i]
+@once
+def norm_code() -> Any:
+    """x, weight, out, rows, width, rows of a task, eps."""
 
-    return norm
+    def norm(at: int, task: int) -> None:
+        a = longs(at)
+        x, weight, out = floats(a[0]), floats(a[1]), floats(a[2])
+        rows, width, chunk, eps = a[3], a[4], a[5], doubles(at)[6]
+        for row in range(task * chunk, min(rows, (task + 1) * chunk)):
+            start = row * width
+            scale = np.float32(1 / np.sqrt(square_sum(x, start, width) / width + eps))
+            for i in range(width):
+                out[start + i] = x[start + i] * scale * weight[i]
 
-
-def _add_norm(parallel: bool) -> Any:
-    @njit(parallel=parallel and THREADED, nogil=True, cache=True, error_model="numpy")
-    def add_norm(x: Any, y: Any, weight: Any, eps: Any, summed: Any, out: Any, threads: int) -> None:
-        rows, width = x.shape
-        for thread in prange(threads):
-            first, last = share(rows, thread, threads)
-            for row in range(first, last):
-                for i in range(width):
-                    summed[row, i] = x[row, i] + y[row, i]
-                scale = np.float32(1 / np.sqrt(square_sum(summed, row * width, width) / width + eps))
-                for i in range(width):
-                    out[row, i] = summed[row, i] * scale * weight[i]
-
-    return add_norm
+    return task_code(norm)
 
 
-def _gate(parallel: bool, gelu: bool) -> Any:
-    @njit(parallel=parallel and THREADED, nogil=True, cache=True)
-    def gate(x: Any, out: Any, threads: int) -> None:
-        rows, width = out.shape
-        for thread in prange(threads):
-            first, last = share(rows, thread, threads)
-            for row in range(first, last):
-                left, target = row * 2 * width, row * width
-                i = 0
-                while i + LANES <= width:
-                    gate_lanes(x, left + i, left + width + i, out, target + i, gelu, LANES)
-                    i += LANES
-                while i < width:
-                    gate_lanes(x, left + i, left + width + i, out, target + i, gelu, 1)
-                    i += 1
+@once
+def add_norm_code() -> Any:
+    """x, y, weight, sum, out, rows, width, rows of a task, eps."""
 
-    return gate
+    def add_norm(at: int, task: int) -> None:
+        a = longs(at)
+        x, y, weight, summed, out = floats(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), floats(a[4])
+        rows, width, chunk, eps = a[5], a[6], a[7], doubles(at)[8]
+        for row in range(task * chunk, min(rows, (task + 1) * chunk)):
+            start = row * width
+            for i in range(start, start + width):
+                summed[i] = x[i] + y[i]
+            scale = np.float32(1 / np.sqrt(square_sum(summed, start, width) / width + eps))
+            for i in range(width):
+                out[start + i] = summed[start + i] * scale * weight[i]
 
-
-NORM = {parallel: _norm(parallel) for parallel in (False, True)}
-ADD_NORM = {parallel: _add_norm(parallel) for parallel in (False, True)}
-GATE = {
-    (parallel, name): _gate(parallel, name == "gelu_tanh")
-    for parallel in (False, True)
-    for name in ("silu", "gelu_tanh")
-}
+    return task_code(add_norm)
 
 
-def _gather(bits: int) -> Callable[..., None]:
-    @njit(nogil=True, cache=True)
-    def gather(codes: Any, affine: Any, group: int, token_ids: Any, scale: Any, out: Any) -> None:
-        columns = out.shape[1]
-        groups = columns // group
-        for row in range(len(token_ids)):
-            panel, lane = divmod(token_ids[row], PANEL)
+@once
+def gate_code(gelu: bool) -> Any:
+    """Left and right halves beside each other, out, width of a half, columns of a task, tasks of a row."""
+
+    def gate(at: int, task: int) -> None:
+        a = longs(at)
+        x, out, width, columns = floats(a[0]), floats(a[1]), a[2], a[3]
+        row, piece = divmod(task, a[4])
+        left, target = row * 2 * width, row * width
+        i, last = piece * columns, min(width, (piece + 1) * columns)
+        while i + LANES <= last:
+            gate_lanes(x, left + i, left + width + i, out, target + i, gelu, LANES)
+            i += LANES
+        while i < last:
+            gate_lanes(x, left + i, left + width + i, out, target + i, gelu, 1)
+            i += 1
+
+    return task_code(gate)
+
+
+@once
+def embed_code(bits: int, half: bool) -> Any:
+    """Codes, their scales and biases, group, columns, token ids, out, rows, rows of a task, factor."""
+
+    def embed(at: int, task: int) -> None:
+        a = longs(at)
+        affine = halves(a[1]) if half else floats(a[1])
+        codes = floats(a[0]) if bits == 32 else octets(a[0])
+        group, columns, ids, out = a[2], a[3], words(a[4]), floats(a[5])
+        rows, chunk, factor = a[6], a[7], np.float32(doubles(at)[8])
+        for row in range(task * chunk, min(rows, (task + 1) * chunk)):
+            panel, lane = divmod(ids[row], PANEL)
             for column in range(columns):
+                line = panel * columns + column
                 if bits == 32:
-                    value = codes[panel, column, lane]
+                    value = codes[line * PANEL + lane]
                 else:
                     if bits == 8:
-                        code = codes[panel, column, lane]
+                        code = codes[line * PANEL + lane]
                     else:
-                        code = codes[panel, column, lane % 16] >> (4 * (lane // 16)) & 15
-                    pair = (panel * groups + column // group) * 2 * PANEL + lane
+                        code = codes[line * (PANEL // 2) + lane % 16] >> (4 * (lane // 16)) & 15
+                    pair = (panel * (columns // group) + column // group) * 2 * PANEL + lane
                     value = affine_at(affine, pair) * np.float32(code) + affine_at(affine, pair + PANEL)
-                out[row, column] = value * scale
+                out[row * columns + column] = value * factor
 
-    return gather
+    return task_code(embed)
 
 
-GATHER = {bits: _gather(bits) for bits in (4, 8, 32)}
+@once
+def trim_code() -> Any:
+    """x, its width, out, its width, rows, rows of a task, what to add to a row or 0."""
+
+    def trim(at: int, task: int) -> None:
+        a = longs(at)
+        x, wide, out, width, bias = floats(a[0]), a[1], floats(a[2]), a[3], floats(a[6])
+        for row in range(task * a[5], min(a[4], (task + 1) * a[5])):
+            for i in range(width):
+                out[row * width + i] = x[row * wide + i] + (bias[i] if a[6] != 0 else np.float32(0))
+
+    return task_code(trim)

@@ -2,6 +2,9 @@
 
 import ctypes
 from importlib.metadata import PackageNotFoundError, files
+from threading import get_ident
+
+import numba
 
 LIBRARY = "libtbb.so.12"
 
@@ -19,3 +22,20 @@ def load_tbb() -> bool:
     except (PackageNotFoundError, OSError):
         return False
     return bool(found)
+
+
+class Threads:
+    """How many threads parallel loops run on."""
+
+    def __init__(self, wanted: int) -> None:
+        load_tbb()
+        self.count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        self._caller = 0
+
+    def claim(self) -> int:
+        """Their number, also set for the calling thread: Numba counts for each caller apart."""
+        caller = get_ident()
+        if caller != self._caller:
+            numba.set_num_threads(self.count)
+            self._caller = caller
+        return self.count

@@ -40,6 +40,11 @@ class PackedLinear:
         return self.codes.shape[0] * PANEL
 
     @property
+    def half(self) -> bool:
+        """Whether scales and biases are float16."""
+        return self.affine.dtype == np.uint16
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self.codes.nbytes + self.affine.nbytes

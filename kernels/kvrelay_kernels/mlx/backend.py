@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from kvrelay_kernels.interface import (
     AttentionSpec,
     BlockCounts,
     HostWeight,
+    RecordedStep,
     RopeTable,
     Step,
     StepBatch,
@@ -118,9 +120,9 @@ class MlxBackend:
         """See `Backend.logits`."""
         return np.array(head.apply(x[mx.array(rows)]).astype(mx.float32))
 
-    def record(self, step: Step, rows: int, arena: Arena) -> Step:
+    def record(self, step: Step, rows: int, arena: Arena) -> RecordedStep:
         """`step` itself: MLX builds its graph of operations anew in each step."""
-        return step
+        return partial(step, self)
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing of its own to compile: MLX loads its kernels when the decoder's warm-up steps run them."""

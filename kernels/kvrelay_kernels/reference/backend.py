@@ -1,6 +1,7 @@
 """Every operation as its formula, in float64, one sequence and one head at a time."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from kvrelay_kernels.interface import (
     AttentionSpec,
     BlockCounts,
     HostWeight,
+    RecordedStep,
     RopeTable,
     Step,
     StepBatch,
@@ -178,9 +180,9 @@ class ReferenceBackend:
         """float32 logits of the given rows."""
         return self.linear(x[rows], head).astype(np.float32)
 
-    def record(self, step: Step, rows: int, arena: ReferenceArena) -> Step:
+    def record(self, step: Step, rows: int, arena: ReferenceArena) -> RecordedStep:
         """`step` itself."""
-        return step
+        return partial(step, self)
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing is compiled here."""

@@ -1,0 +1,127 @@
+"""What becomes of a backend's operations: they are done at once, or taken down and repeated."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrelay_kernels.cpu.arena import CpuArena
+from kvrelay_kernels.cpu.decode import Partials
+from kvrelay_kernels.cpu.program import Operation, Program
+from kvrelay_kernels.cpu.threads import Threads
+from kvrelay_kernels.cpu.weights import aligned
+from kvrelay_kernels.interface import StepBatch
+
+Floats = NDArray[np.float32]
+
+ALONE = 65536
+"""Elements below which one thread is done before another has been woken."""
+
+
+class Sink(Protocol):
+    """Where a backend's operations go, and where it takes arrays for their results from."""
+
+    def blank(self, rows: int, width: int) -> Floats:
+        """An array for a result."""
+        ...
+
+    def numbers(self, count: int) -> NDArray[np.int64]:
+        """An array for what operations tell one another."""
+        ...
+
+    def before(self, check: Callable[[], None]) -> None:
+        """What the host looks at before operations read their inputs."""
+        ...
+
+    def do(self, size: int, *operations: Operation) -> None:
+        """Operations behind each other that touch `size` elements."""
+        ...
+
+
+class AtOnce:
+    """Does operations when they come."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+
+    def blank(self, rows: int, width: int) -> Floats:
+        """See `Sink`."""
+        return np.empty((rows, width), np.float32)
+
+    def numbers(self, count: int) -> NDArray[np.int64]:
+        """See `Sink`."""
+        return np.empty(count, np.int64)
+
+    def before(self, check: Callable[[], None]) -> None:
+        """See `Sink`."""
+        check()
+
+    def do(self, size: int, *operations: Operation) -> None:
+        """See `Sink`."""
+        Program(operations).run(self._threads.claim() if size >= ALONE else 1)
+
+
+class Recorder:
+    """Takes operations down. An array that the step has let go of holds a later result, as always."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.checks: list[Callable[[], None]] = []
+        self._free: dict[int, list[Floats]] = {}
+        self._kept: list[NDArray[Any]] = []
+
+    def blank(self, rows: int, width: int) -> Floats:
+        """See `Sink`."""
+        free = self._free.setdefault(rows * width, [])
+        if not free:
+            free.append(aligned((rows * width,), np.float32))
+            self._kept.append(free[0])
+        memory = free.pop()
+        array = memory.reshape(rows, width)
+        weakref.finalize(array, free.append, memory)
+        return array
+
+    def numbers(self, count: int) -> NDArray[np.int64]:
+        """See `Sink`."""
+        self._kept.append(numbers := np.empty(count, np.int64))
+        return numbers
+
+    def before(self, check: Callable[[], None]) -> None:
+        """See `Sink`."""
+        self.checks.append(check)
+
+    def do(self, size: int, *operations: Operation) -> None:
+        """See `Sink`."""
+        self.operations += operations
+
+
+class Recording:
+    """A step of one row a sequence, taken down once; a call puts its rows where the operations look."""
+
+    def __init__(
+        self, record: Callable[[Recorder, Partials, StepBatch], Floats], rows: int, arena: CpuArena,
+        threads: Threads,
+    ) -> None:  # fmt: skip
+        zeros, every = np.zeros(rows, np.int32), np.arange(rows + 1, dtype=np.int32)
+        tables = np.zeros((rows, arena.blocks), np.int32)
+        self._rows = StepBatch(zeros, zeros.copy(), every, np.ones(rows, np.int32), tables, every[:-1])
+        self._recorder, self._partials, self._threads = Recorder(), Partials(), threads
+        self._logits = record(self._recorder, self._partials, self._rows)
+        self._program = Program(self._recorder.operations)
+
+    def __call__(self, batch: StepBatch) -> Floats:
+        """The step's logits; the next call writes over them."""
+        rows = self._rows
+        rows.token_ids[:], rows.positions[:], rows.lengths[:] = (
+            batch.token_ids,
+            batch.positions,
+            batch.lengths,
+        )
+        rows.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+        for check in self._recorder.checks:
+            check()
+        self._partials.grow(batch.lengths)
+        self._program.run(self._threads.claim())
+        return self._logits
