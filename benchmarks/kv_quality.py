@@ -47,6 +47,8 @@ class Judged:
 
     losses: list[Floats] = field(default_factory=list)
     likeliest: list[NDArray[np.intp]] = field(default_factory=list)
+    margins: list[Floats] = field(default_factory=list)
+    """By how many nats the unquantized cache puts its own likeliest token before this format's; 0 where they agree."""
     divergences: list[Floats] = field(default_factory=list)
 
     def add(
@@ -56,6 +58,7 @@ class Judged:
         rows = np.arange(len(targets))
         self.losses.append(-logprobs[rows, targets].astype(np.float64))
         self.likeliest.append(logprobs.argmax(axis=1))
+        self.margins.append((base.max(axis=1) - base[rows, self.likeliest[-1]]).astype(np.float64))
         divergence = np.exp(base) * (base - logprobs)
         self.divergences.append(divergence.sum(axis=1, dtype=np.float64))
 
@@ -63,13 +66,17 @@ class Judged:
         """The figures, beside those of the unquantized cache at the same positions."""
         losses, before = np.concatenate(self.losses), np.concatenate(base.losses)
         likeliest, likeliest_before = np.concatenate(self.likeliest), np.concatenate(base.likeliest)
-        divergence = np.concatenate(self.divergences)
-        change = losses - before
+        divergence, margins = np.concatenate(self.divergences), np.concatenate(self.margins)
+        change, changed = losses - before, likeliest != likeliest_before
         return {
             "perplexity": float(np.exp(losses.mean())),
             "perplexity_change": float(np.expm1(change.mean())),
             "perplexity_change_standard_error": float(change.std(ddof=1) / np.sqrt(len(change))),
-            "top1_changed": float((likeliest != likeliest_before).mean()),
+            "top1_changed": float(changed.mean()),
+            "top1_changed_standard_error": float(
+                np.sqrt(changed.mean() * (1 - changed.mean()) / len(changed))
+            ),
+            "top1_margin_where_changed": float(np.median(margins[changed])) if changed.any() else 0.0,
             "mean_kl": float(divergence.mean()),
             "p99_kl": float(np.quantile(divergence, 0.99)),
         }
@@ -133,7 +140,7 @@ def arguments() -> argparse.Namespace:
     modes = ["auto", "float", "int8", "int4"]
     parser.add_argument("--weights", nargs="+", default=["float", "auto"], choices=modes)
     parser.add_argument("--window", type=int, default=2049, help="tokens of a sequence, one not judged")
-    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--out", type=Path, default=result_path("kv_quality"))
     return parser.parse_args()

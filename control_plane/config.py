@@ -53,6 +53,8 @@ class WorkerSettings(Group):
     gpus: Annotated[float, Ge(0)] = 0
     """Share of a GPU that Ray reserves for a worker."""
     max_waiting: Positive = 256
+    plan_cache: Path | None = None
+    """Folder of compiled plans on a worker's machine; None: `~/.cache/kvrelay/plans`."""
 
 
 class PrefillSettings(WorkerSettings):
@@ -69,6 +71,8 @@ class DecodeSettings(WorkerSettings):
     slots: Positive = 16
     cache_tokens: Positive = 65536
     default_max_tokens: Positive = 2048
+    stream_seconds: Annotated[float, Ge(0)] = 0.02
+    """Tokens that a stream gets within this time come in one message; 0: each comes alone."""
     lease_seconds: Seconds = 120.0
 
 

@@ -37,6 +37,7 @@ def prefill_plan(config: KvrelayConfig, store: str | None, resources: Resources)
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             cache_tokens=settings.cache_tokens,
+            plan_cache=plan_cache_of(settings),
             store=store,
         )
 
@@ -68,7 +69,9 @@ def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> 
             slots=settings.slots,
             max_waiting=settings.max_waiting,
             cache_tokens=settings.cache_tokens,
+            plan_cache=plan_cache_of(settings),
             default_max_tokens=settings.default_max_tokens,
+            stream_seconds=settings.stream_seconds,
             lease_seconds=settings.lease_seconds,
             transport=transport,
         )
@@ -95,6 +98,11 @@ def model_for_workers(config: KvrelayConfig) -> str:
 def threads_of(settings: WorkerSettings) -> int:
     """Compute threads of a worker."""
     return settings.threads or cores()
+
+
+def plan_cache_of(settings: WorkerSettings) -> Path | None:
+    """The folder of plans in full, since the workers' own may be another one."""
+    return settings.plan_cache and settings.plan_cache.expanduser().absolute()
 
 
 def _host(config: KvrelayConfig) -> str | None:

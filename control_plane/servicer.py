@@ -1,7 +1,7 @@
 """ControlService: what runs, and how many workers a pool has."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from control_plane.pool import WorkerPool
@@ -21,7 +21,7 @@ class ControlServicer(ControlServiceServicer):
     def __init__(
         self,
         pools: Mapping[str, WorkerPool],
-        workers: Callable[[], list[GetWorkerStatusResponse]],
+        workers: Callable[[], Awaitable[list[GetWorkerStatusResponse]]],
         system: Callable[[], GetStatusResponse],
     ) -> None:
         """`workers` tells how those in the directory do; `system` all that is not about workers."""
@@ -30,9 +30,9 @@ class ControlServicer(ControlServiceServicer):
         self._system = system
 
     async def GetStatus(self, request: GetStatusRequest, context: Any) -> GetStatusResponse:
-        """Ready workers as the directory knows them, and those that start."""
+        """Workers as they say they are now, and those that start."""
         status = self._system()
-        workers = self._workers()
+        workers = await self._workers()
         for pool in self._pools.values():
             workers.extend(pool.starting)
         # By length first, so that prefill-10 comes behind prefill-9.

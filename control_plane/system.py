@@ -21,6 +21,7 @@ from kv_transfer.embedded import EmbeddedServer
 from kvrelay.errors import BadSetup
 from kvrelay.v1.control_pb2 import GetStatusResponse
 from kvrelay.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
+from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.quant.formats import parse_format
 from model_runtime.progress import Progress, silent
@@ -105,7 +106,11 @@ class System:
                 running=gateway.running,
             )
 
-        control = ControlServicer(pools, directory.statuses, status)
+        async def workers() -> list[GetWorkerStatusResponse]:
+            await directory.refresh()
+            return directory.statuses()
+
+        control = ControlServicer(pools, workers, status)
         extra = ExtraService(CONTROL_SERVICE, partial(add_ControlServiceServicer_to_server, control))
         gateway = Gateway(settings, model, directory, [extra])
         await gateway.start()

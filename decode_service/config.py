@@ -1,6 +1,7 @@
 """Settings of a decode worker."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvrelay_kernels.interface import WeightMode
 
@@ -24,8 +25,12 @@ class DecodeConfig:
     """Requests that wait for a slot; past it they are refused."""
     cache_tokens: int = 65536
     """Capacity of the arena."""
+    plan_cache: Path | None = None
+    """Folder of compiled plans, which the workers of a machine share; None: `~/.cache/kvrelay/plans`."""
     default_max_tokens: int = 2048
     """Bound on an answer where the request names none."""
+    stream_seconds: float = 0.02
+    """Tokens that a sequence draws within this time of a message go into the next one, together."""
     lease_seconds: float = 120.0
     """Time that a reserved slot waits for its blocks, from the last sign of life."""
     transport: str = "grpc"

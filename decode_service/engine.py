@@ -202,12 +202,22 @@ class DecodeEngine(StepLoop):
     def _draw(self, slot: Slot, logits: NDArray[np.float32]) -> None:
         drawn = sample(logits, slot.sampling, slot.length, slot.prompt_ids, slot.answer_ids)
         slot.answer_ids.append(drawn.token_id)
-        slot.emit(pb.DecodeResponse(tokens=pb.DecodedTokens(tokens=[_message(drawn)])))
+        slot.untold.append(_message(drawn))
+        now = time.monotonic()
+        if now - slot.told >= self.config.stream_seconds:
+            slot.told = now
+            self._tell(slot)
         self._end_if_finished(slot)
+
+    def _tell(self, slot: Slot) -> None:
+        if slot.untold:
+            slot.emit(pb.DecodeResponse(tokens=pb.DecodedTokens(tokens=slot.untold)))
+            slot.untold = []
 
     def _end_if_finished(self, slot: Slot) -> None:
         reason = slot.finish_reason
         if reason is not None:
+            self._tell(slot)
             slot.emit(pb.DecodeResponse(finished=pb.Finished(reason=reason)))
             self._end(slot, None)
 
@@ -222,6 +232,7 @@ class DecodeEngine(StepLoop):
         self.landings.close(slot.lease_id, error)
         self.pool.release(slot.blocks)
         slot.blocks = []
+        self._tell(slot)
         slot.emit(error)
         self.wake()
 

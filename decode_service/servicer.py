@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import cached_property
 from typing import Any
 
 import grpc.aio
@@ -9,7 +10,7 @@ import grpc.aio
 from decode_service.engine import DecodeEngine
 from decode_service.slot import Event, Slot
 from kvrelay.errors import InvalidArgument, PromptTooLong
-from kvrelay.rpc import EventStream, statuses
+from kvrelay.rpc import EventStream, Outbox, statuses
 from kvrelay.v1 import decode_pb2 as pb
 from kvrelay.v1 import decode_pb2_grpc
 from model_runtime.sampler import SamplingConfig
@@ -21,11 +22,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self, engine: DecodeEngine) -> None:
         self._engine = engine
 
+    @cached_property
+    def _outbox(self) -> Outbox[pb.DecodeResponse]:
+        return Outbox()
+
     async def Decode(
         self, request: pb.DecodeRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.DecodeResponse]:
         """Hold a slot and stream its tokens; the stream is the caller's hold on it."""
-        events: EventStream[pb.DecodeResponse] = EventStream()
+        events = EventStream(self._outbox)
         async with statuses(context):
             slot = self._slot(request, events.emit)
             self._engine.submit(slot)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kv_transfer.landing import Arrival
 from kvrelay.errors import KvrelayError
 from kvrelay.v1.decode_pb2 import DecodeResponse
-from kvrelay.v1.sampling_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
+from kvrelay.v1.sampling_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason, SampledToken
 from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.sampler import SamplingConfig
 
@@ -40,6 +40,10 @@ class Slot:
     """Done when all blocks are in; None before the slot is granted."""
     deadline: float = 0.0
     """`time.monotonic()` after which a granted slot without its blocks is taken back."""
+    untold: list[SampledToken] = field(default_factory=list[SampledToken])
+    """Tokens drawn since the last message."""
+    told: float = float("-inf")
+    """`time.monotonic()` of that message."""
     landed: int = 0
     """Blocks that were in when the deadline was last moved."""
 

@@ -151,6 +151,8 @@ class WorkerDirectory:
             if isinstance(fault, WorkerLostError):
                 # A process that hangs breaks no connection: its streams would wait for ever.
                 worker.give_up_streams(fault)
+        except grpc.aio.UsageError:
+            worker.answers = False  # taken out, and its channel closed, meanwhile
         if (worker.trusted, worker.status.slots) != before:
             log.info("worker %s: %s", worker.worker_id, "ready" if worker.trusted else "not ready")
             self._tell()

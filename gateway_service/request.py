@@ -125,7 +125,7 @@ class Request:
             prompt_tokens=self._answer.prompt_tokens,
             sampling=self._sampling,
         )
-        stream: WorkerStream[DecodeResponse] = WorkerStream(worker, worker.decode.Decode(request))
+        stream: WorkerStream[DecodeResponse] = worker.open(worker.decode.Decode, request)
         stream.allow_silence(self._config.wait_seconds)
         return stream
 
@@ -137,7 +137,7 @@ class Request:
             sampling=self._sampling,
             lease=lease,
         )
-        stream: WorkerStream[PrefillResponse] = WorkerStream(worker, worker.prefill.Prefill(request))
+        stream: WorkerStream[PrefillResponse] = worker.open(worker.prefill.Prefill, request)
         stream.allow_silence(self._config.wait_seconds)
         return stream
 

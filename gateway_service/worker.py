@@ -1,16 +1,21 @@
 """A worker as the gateway knows it: where it is, what it last said, and what the gateway holds there."""
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc.aio
 
-from gateway_service.stream import WorkerError, WorkerStream
+from gateway_service.stream import WorkerError, WorkerLostError, WorkerStream
+from kvrelay.errors import NoWorker
 from kvrelay.rpc import CHANNEL_OPTIONS
 from kvrelay.v1.decode_pb2_grpc import DecodeServiceStub
 from kvrelay.v1.prefill_pb2_grpc import PrefillServiceStub
 from kvrelay.v1.worker_pb2 import GetWorkerStatusResponse, Pool, WorkerState
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
+
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 # A restarted worker often has its old address: gRPC's own back-off of up to two minutes would hide it.
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -60,6 +65,17 @@ class Worker:
     def has_room(self) -> bool:
         """Whether a place is free; a worker that tells no number of slots bounds itself."""
         return not self.status.slots or self.in_flight < self.status.slots
+
+    def open(self, method: Callable[[Q], "grpc.aio.UnaryStreamCall[Q, R]"], request: Q) -> WorkerStream[R]:
+        """Call one of its server-streaming methods.
+
+        Raises:
+            WorkerLostError: the channel has been given up meanwhile.
+        """
+        try:
+            return WorkerStream(self, method(request))
+        except grpc.aio.UsageError as error:
+            raise WorkerLostError(self.worker_id, NoWorker("the worker is gone")) from error
 
     def doubt(self) -> None:
         """Send nothing to it until it answers the next status call."""

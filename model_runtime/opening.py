@@ -5,6 +5,7 @@ from typing import cast
 from kvrelay.errors import BadSetup
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
 from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.plans import PlanStore
 from kvrelay_kernels.registry import BackendName, load_backend
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
@@ -23,8 +24,15 @@ class Activity:
         self.text = f"{what} {100 * done // total}%" if total else what
 
 
-def open_decoder(model: str, backend: str, threads: int, weights: WeightMode, progress: Progress) -> Decoder:
-    """Find (or fetch) a model, and pack its weights on a backend.
+def open_decoder(
+    model: str,
+    backend: str,
+    threads: int,
+    weights: WeightMode,
+    progress: Progress,
+    plans: PlanStore | None = None,
+) -> Decoder:
+    """Find (or fetch) a model, and pack its weights on a backend, which keeps what it compiles in `plans`.
 
     Raises:
         BadSetup: the backend is unknown, not usable here, or cannot run this model.
@@ -33,8 +41,7 @@ def open_decoder(model: str, backend: str, threads: int, weights: WeightMode, pr
     cache = default_cache_dir()
     checkpoint = load_model(resolve(model, cache, progress), cache)
     try:
-        return Decoder(
-            checkpoint, load_backend(cast(BackendName, backend), threads=threads), weights, progress=progress
-        )
+        loaded = load_backend(cast(BackendName, backend), threads=threads, plans=plans)
+        return Decoder(checkpoint, loaded, weights, progress=progress)
     except (BackendUnavailable, FormatUnsupported, ValueError) as error:
         raise BadSetup(str(error)) from error

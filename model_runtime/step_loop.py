@@ -46,8 +46,8 @@ class StepLoop(ABC):
 
     def start(self) -> None:
         """Start the thread."""
-        # Between two kernels the loop needs the interpreter for microseconds, while the server's thread holds
-        # it longer for each token: by default the loop would wait for all of that, up to 5 ms.
+        # Between two steps the loop needs the interpreter for microseconds, while the server's thread holds
+        # it longer for each message: by default the loop would wait for all of that, up to 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 

@@ -1,6 +1,7 @@
 """Settings of a prefill worker."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvrelay_kernels.interface import WeightMode
 
@@ -26,5 +27,7 @@ class PrefillConfig:
     """Prompts that wait beyond those; past it they are refused."""
     cache_tokens: int = 32768
     """Capacity of the arena, prompts in flight and cached prefixes together."""
+    plan_cache: Path | None = None
+    """Folder of compiled plans, which the workers of a machine share; None: `~/.cache/kvrelay/plans`."""
     store: str | None = None
     """URI of a Redis-protocol server whose block store shares prefixes between workers; None: no sharing."""

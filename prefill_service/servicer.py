@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import cached_property
 from typing import Any
 
 import grpc.aio
@@ -9,7 +10,7 @@ import numpy as np
 
 from kv_transfer.channel import Channels
 from kvrelay.errors import InvalidArgument, KvrelayError
-from kvrelay.rpc import EventStream, statuses
+from kvrelay.rpc import EventStream, Outbox, statuses
 from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1 import prefill_pb2_grpc
 from model_runtime.sampler import SamplingConfig
@@ -24,11 +25,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine = engine
         self._channels = channels
 
+    @cached_property
+    def _outbox(self) -> Outbox[pb.PrefillResponse]:
+        return Outbox()
+
     async def Prefill(
         self, request: pb.PrefillRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.PrefillResponse]:
         """Read a prompt; the stream is the caller's hold on it."""
-        events: EventStream[pb.PrefillResponse] = EventStream()
+        events = EventStream(self._outbox)
         async with statuses(context):
             job = self._job(request, events.emit)
             try:

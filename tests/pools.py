@@ -33,6 +33,8 @@ class Answer:
     """What both streams of a request said."""
 
     tokens: list[SampledToken] = field(default_factory=list[SampledToken])
+    messages: int = 0
+    """Those of the decode stream that brought tokens."""
     cached: int = 0
     reason: int = 0
     blocks: int = 0
@@ -141,6 +143,7 @@ def relay(
                 answer.blocks, answer.bytes = event.handed_over.blocks, event.handed_over.bytes
         for event in writing:
             answer.tokens.extend(event.tokens.tokens)
+            answer.messages += event.HasField("tokens")
             answer.reason = event.finished.reason or answer.reason
     except grpc.RpcError as error:
         raise error_of_call(error) from error

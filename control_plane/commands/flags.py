@@ -65,6 +65,12 @@ SYSTEM = (
         "grpc; redis (starts its own server); or a redis:// or redis+unix:// URI.",
         ("transport.uri",),
     ),
+    Flag(
+        "plan_cache",
+        Path,
+        "Folder of compiled plans; default: ~/.cache/kvrelay/plans.",
+        ("prefill.plan_cache", "decode.plan_cache"),
+    ),
     Flag("ray_address", str, "Ray cluster for the workers; default: an embedded one.", ("ray.address",)),
 )
 SERVER = (

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
@@ -53,20 +54,46 @@ async def statuses(context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncGenera
         await context.abort(internal.code, str(internal), internal.trailing_metadata)
 
 
-class EventStream(Generic[E]):
-    """What a thread tells a call, event by event, until it says None or an error. Made on the call's loop."""
+class Outbox(Generic[E]):
+    """Brings what a thread tells the calls of one loop over to it; made on that loop.
+
+    It is woken once for all that waits: each time takes the interpreter from the thread that computes.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[E | KvrelayError | None] = asyncio.Queue()
+        self._waiting: deque[tuple[EventStream[E], E | KvrelayError | None]] = deque()
+        self._woken = False
+
+    def put(self, stream: "EventStream[E]", event: E | KvrelayError | None) -> None:
+        """Leave an event for a stream; from any thread, and without effect once the loop has ended."""
+        self._waiting.append((stream, event))
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # In this order: what comes in behind the last look wakes the loop again.
+        self._woken = False
+        while self._waiting:
+            stream, event = self._waiting.popleft()
+            stream.events.put_nowait(event)
+
+
+class EventStream(Generic[E]):
+    """What a thread tells a call, event by event, until it says None or an error. Made on the call's loop."""
+
+    def __init__(self, outbox: Outbox[E]) -> None:
+        self._outbox = outbox
+        self.events: asyncio.Queue[E | KvrelayError | None] = asyncio.Queue()
 
     def emit(self, event: E | KvrelayError | None) -> None:
-        """Add an event; from any thread, and without effect once the loop has ended."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        """Add an event; from any thread."""
+        self._outbox.put(self, event)
 
     async def __aiter__(self) -> AsyncGenerator[E]:
-        while (event := await self._events.get()) is not None:
+        while (event := await self.events.get()) is not None:
             if isinstance(event, KvrelayError):
                 raise event
             yield event

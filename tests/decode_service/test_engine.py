@@ -104,6 +104,18 @@ def test_log_probabilities_come_with_the_tokens(model: Path) -> None:
             assert token.top[0].logprob == pytest.approx(token.logprob)
 
 
+def test_tokens_that_follow_closely_come_together(model: Path) -> None:
+    ids, params = prompt(30), sampling(12)
+    with prefill_worker(model) as prefill:
+        with decode_worker(model, stream_seconds=0.0) as decode:
+            each = relay(prefill, decode, ids, params)
+        with decode_worker(model, stream_seconds=3600.0) as decode:
+            together = relay(prefill, decode, ids, params)
+    assert together.ids == each.ids
+    assert each.messages == 11  # the first of the twelve comes from prefill
+    assert together.messages == 2  # the next one at once, the rest with the end
+
+
 def test_a_dropped_stream_frees_slot_and_blocks(model: Path) -> None:
     with decode_worker(model, slots=1) as decode:
         holding = decode.write(prompt(100), sampling())

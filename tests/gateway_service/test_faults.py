@@ -6,6 +6,8 @@ from collections import deque
 import pytest
 
 from gateway_service.config import GatewayConfig
+from gateway_service.stream import WorkerLostError
+from gateway_service.worker import Worker
 from kvrelay.errors import (
     BlockCorrupt,
     Draining,
@@ -19,6 +21,7 @@ from kvrelay.errors import (
 )
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import worker_pb2 as worker_pb
+from kvrelay.v1.decode_pb2 import DecodeRequest
 from kvrelay.v1.sampling_pb2 import SamplingParams
 from tests.gateway_service.byte_model import byte_model
 from tests.gateway_service.house import House, Reply, open_house, until
@@ -206,3 +209,10 @@ async def test_a_request_waits_for_the_first_worker() -> None:
         await until(lambda: house.gateway.queued == 1)
         house.add(house.decode[0])
         check(await asked)
+
+
+async def test_a_worker_that_is_taken_out_meanwhile_is_a_fault_like_others() -> None:
+    worker = Worker(worker_pb.POOL_DECODE, "decode-0", "127.0.0.1:1")
+    await worker.close()
+    with pytest.raises(WorkerLostError, match="decode-0"):
+        worker.open(worker.decode.Decode, DecodeRequest())
