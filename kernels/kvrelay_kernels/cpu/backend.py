@@ -41,8 +41,8 @@ FEW = 64
 one core, the two differ by less than 5% from 24 to 64 rows; both sum alike, so the choice changes no bit."""
 SHARES = 8
 """Tasks that a thread has of a matrix product: enough to end together, few enough to be claimed cheaply."""
-CHUNK = 8192
-"""Elements of a task on whole rows, some microseconds."""
+CHUNK = 2048
+"""Elements of a task on whole rows, about a microsecond."""
 NO_WINDOW = 2**31 - 1
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from kvrelay_kernels.cpu import vector
 from kvrelay_kernels.cpu.vector import BYTE, FLOAT, HALF, INT, Registers, emitted
+from kvrelay_kernels.quant import BLOCK_TOKENS
 
+LANES = 16
+"""Elements that are read as one vector."""
 TOGETHER = 4
 """Query heads whose sums are held in registers at once."""
 
@@ -49,6 +53,52 @@ class _Side:
         vector.prefetch(
             builder, vector.offset(builder, self.start, index, kind), items if self.bits else 4 * items
         )
+
+    @property
+    def groups(self) -> int:
+        """How many scales a token has; none where the cache is not quantized."""
+        return self.dim // self.group if self.bits else 0
+
+    @property
+    def starts(self) -> list[int]:
+        """Where in a chunk the vectors of `pieces` begin, in reading order."""
+        if not self.bits:
+            return list(range(0, self.chunk, min(LANES, self.chunk)))
+        bases = range(0, self.chunk * self.bits // 8, LANES)
+        return [base + turn * self.chunk // 2 for base in bases for turn in range(8 // self.bits)]
+
+    def pieces(self, token: Any, number: int) -> list[tuple[int, Any]]:
+        """Chunk `number` of a token in vectors of 16, each with its place in reading order: centred codes, or
+        values of an unquantized cache.
+        """
+        builder, word, values = self.builder, self.word, list[Any]()
+        item, size = (BYTE, self.dim * self.bits // 8) if self.bits else (FLOAT, self.dim)
+        chunk = size // (self.dim // self.chunk)
+        for start in range(0, chunk, min(LANES, chunk)):
+            index = builder.add(builder.mul(token, word(size)), word(number * chunk + start))
+            place = vector.offset(builder, self.codes, index, item)
+            if self.bits:
+                values += vector.centred(builder, place, self.bits)
+            else:
+                values.append(vector.load(builder, place, min(LANES, chunk)))
+        return list(zip(self.starts, values, strict=True))
+
+    def scales_of(self, token: Any, tokens: int, number: int) -> tuple[Any, Any]:
+        """Scales of chunk `number` of some neighbouring tokens, and what goes with centred codes as bias."""
+        builder, groups = self.builder, self.groups
+        index = builder.mul(token, self.word(groups))
+        order = ir.Constant(
+            ir.VectorType(INT, tokens), [INT(turn * groups + number) for turn in range(tokens)]
+        )
+        scale, bias = (
+            builder.shuffle_vector(every, every, order)
+            for every in (
+                vector.load(builder, vector.offset(builder, side, index, HALF), tokens * groups, HALF)
+                for side in (self.scales, self.biases)
+            )
+        )
+        middle = vector.splat(builder, FLOAT(2.0 ** (self.bits - 1)), tokens)
+        return scale, vector.multiply_add(builder, scale, middle, bias)
 
     def read(self, token: Any, number: int) -> Any:
         """Chunk `number` of a token as float32; of 4-bit codes, even elements first."""
@@ -132,7 +182,8 @@ def score_tokens(
 ) -> Any:  # fmt: skip
     """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens.
 
-    q is `[heads, dim]` in reading order. As many tokens from place `ahead` on will be read next.
+    q is `[heads, dim]` in reading order. Products are of codes alone: a key's scale, and its bias times
+    the sum of q, come in behind. As many tokens from place `ahead` on will be read next.
     """
     heads_ = heads.literal_value
 
@@ -143,22 +194,56 @@ def score_tokens(
         q_at = vector.element(context, builder, kinds[6], q_, word(0), FLOAT)
         out_at = vector.element(context, builder, kinds[7], out_, target_, FLOAT)
         chunks = range(side.dim // side.chunk)
+        sums_of_q = [
+            [
+                vector.total(
+                    builder,
+                    vector.load(
+                        builder,
+                        vector.offset(builder, q_at, word(head * side.dim + number * side.chunk), FLOAT),
+                        side.chunk,
+                    ),
+                )
+                for number in range(side.groups)
+            ]
+            for head in range(heads_)
+        ]
 
-        def products(token: Any) -> list[Any]:
-            """For each head, lanes whose total is its score."""
+        def products(token: Any) -> list[list[Any]]:
+            """For each head and group (one in all, where there are none), lanes whose total is wanted."""
             side.prefetch(ahead_, token)
-            sums: list[Any] = [None] * heads_
+            sums: list[list[Any]] = [[None] * max(1, side.groups) for _ in range(heads_)]
             for number in chunks:
-                key = side.read(token, number)
-                for head in range(heads_):
-                    place = vector.offset(builder, q_at, word(head * side.dim + number * side.chunk), FLOAT)
-                    part, before = vector.load(builder, place, side.chunk), sums[head]
-                    sums[head] = (
-                        builder.fmul(key, part)
-                        if before is None
-                        else vector.multiply_add(builder, key, part, before)
-                    )
+                slot = number if side.groups else 0
+                for start, key in side.pieces(token, number):
+                    for head in range(heads_):
+                        place = word(head * side.dim + number * side.chunk + start)
+                        part = vector.load(
+                            builder, vector.offset(builder, q_at, place, FLOAT), key.type.count
+                        )
+                        before = sums[head][slot]
+                        sums[head][slot] = (
+                            builder.fmul(key, part)
+                            if before is None
+                            else vector.multiply_add(builder, key, part, before)
+                        )
             return sums
+
+        def score(token: Any, tokens: int, head: int, found: list[Any]) -> Any:
+            """A vector of scores from each group's totals."""
+            if not side.groups:
+                return found[0]
+            result = None
+            for number, total in enumerate(found):
+                scale, bias = side.scales_of(token, tokens, number)
+                whole = vector.splat(builder, sums_of_q[head][number], tokens)
+                rest = (
+                    builder.fmul(bias, whole)
+                    if result is None
+                    else vector.multiply_add(builder, bias, whole, result)
+                )
+                result = vector.multiply_add(builder, total, scale, rest)
+            return result
 
         def place(head: int, token: Any) -> Any:
             return vector.offset(builder, out_at, builder.add(builder.mul(pitch_, word(head)), token), FLOAT)
@@ -168,12 +253,15 @@ def score_tokens(
             token = builder.mul(turn, word(4))
             found = [products(builder.add(token, word(step))) for step in range(4)]
             for head in range(heads_):
-                vector.store(
-                    builder, vector.totals(builder, [sums[head] for sums in found]), place(head, token)
-                )
+                totals = [
+                    vector.totals(builder, [sums[head][slot] for sums in found])
+                    for slot in range(max(1, side.groups))
+                ]
+                vector.store(builder, score(token, 4, head, totals), place(head, token))
         with vector.loop(builder, fours, count_) as token:
             for head, sums in enumerate(products(token)):
-                builder.store(vector.total(builder, sums), place(head, token))
+                totals = [vector.splat(builder, vector.total(builder, lanes), 1) for lanes in sums]
+                vector.store(builder, score(token, 1, head, totals), place(head, token))
         return context.get_dummy_value()
 
     whole = (types.intp,) * 5
@@ -187,7 +275,8 @@ def weigh_values(
 ) -> Any:  # fmt: skip
     """`out[target:] += sum over t of p[first + h * pitch + t] * value t`, `[heads, dim]` in reading order.
 
-    As many tokens from place `ahead` on will be read next.
+    Codes are weighed with p * scale, which takes the place of p, group by group; the sum of p * bias is added
+    to all lanes. As many tokens from place `ahead` on will be read next.
     """
     heads_ = heads.literal_value
 
@@ -197,23 +286,67 @@ def weigh_values(
         side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
         p_at = vector.element(context, builder, kinds[6], p_, first_, FLOAT)
         out_at = vector.element(context, builder, kinds[9], out_, target_, FLOAT)
+        scaled = cgutils.alloca_once(builder, ir.ArrayType(FLOAT, heads_ * BLOCK_TOKENS))
+
+        def weight_at(head: int, token: Any) -> Any:
+            """Where a token's weight lies: p, or p * scale of the group in work."""
+            if side.groups:
+                index = builder.add(word(head * BLOCK_TOKENS), token)
+                return vector.offset(builder, scaled, index, FLOAT)
+            return vector.offset(builder, p_at, builder.add(builder.mul(pitch_, word(head)), token), FLOAT)
+
+        def scale_weights(number: int) -> list[Any]:
+            """Fill `scaled` for a group; returns each head's sum of p * bias."""
+            fours, ones = Registers(builder, heads_, 4), Registers(builder, heads_, 1)
+            fours.clear()
+            ones.clear()
+
+            def some(token: Any, tokens: int, sums: Registers) -> None:
+                scale, bias = side.scales_of(token, tokens, number)
+                for head in range(heads_):
+                    index = builder.add(builder.mul(pitch_, word(head)), token)
+                    weight = vector.load(builder, vector.offset(builder, p_at, index, FLOAT), tokens)
+                    vector.store(builder, builder.fmul(weight, scale), weight_at(head, token))
+                    sums[head] = vector.multiply_add(builder, weight, bias, sums[head])
+
+            whole = builder.sdiv(count_, word(4))
+            with vector.loop(builder, word(0), whole) as turn:
+                some(builder.mul(turn, word(4)), 4, fours)
+            with vector.loop(builder, builder.mul(whole, word(4)), count_) as token:
+                some(token, 1, ones)
+            return [
+                builder.fadd(vector.total(builder, fours[head]), builder.extract_element(ones[head], INT(0)))
+                for head in range(heads_)
+            ]
+
         for number in range(side.dim // side.chunk):
-            for start in range(0, heads_, TOGETHER):
-                some = range(start, min(start + TOGETHER, heads_))
-                places = [word(head * side.dim + number * side.chunk) for head in some]
-                lines = [vector.offset(builder, out_at, place, FLOAT) for place in places]
-                sums = Registers(builder, len(some), side.chunk)
+            shifts = scale_weights(number) if side.groups else []
+            starts = side.starts
+            lanes = min(LANES, side.chunk)
+            for begin in range(0, heads_, TOGETHER):
+                some = range(begin, min(begin + TOGETHER, heads_))
+                lines = [
+                    vector.offset(builder, out_at, word(head * side.dim + number * side.chunk + start), FLOAT)
+                    for head in some
+                    for start in starts
+                ]
+                sums = Registers(builder, len(lines), lanes)
                 for slot, line in enumerate(lines):
-                    sums[slot] = vector.load(builder, line, side.chunk)
+                    value = vector.load(builder, line, lanes)
+                    if side.groups:
+                        shift = vector.splat(builder, shifts[some[slot // len(starts)]], lanes)
+                        value = builder.fadd(value, shift)
+                    sums[slot] = value
                 with vector.loop(builder, word(0), count_) as token:
-                    if number == start == 0:
+                    if number == begin == 0:
                         side.prefetch(ahead_, token)
-                    value = side.read(token, number)
-                    for slot, head in enumerate(some):
-                        index = builder.add(builder.mul(pitch_, word(head)), token)
-                        weight = builder.load(vector.offset(builder, p_at, index, FLOAT), align=4)
-                        weight = vector.splat(builder, weight, side.chunk)
-                        sums[slot] = vector.multiply_add(builder, value, weight, sums[slot])
+                    pieces = [piece for _, piece in side.pieces(token, number)]
+                    for turn, head in enumerate(some):
+                        weight = builder.load(weight_at(head, token), align=4)
+                        weight = vector.splat(builder, weight, lanes)
+                        for part, piece in enumerate(pieces):
+                            slot = turn * len(pieces) + part
+                            sums[slot] = vector.multiply_add(builder, piece, weight, sums[slot])
                 for slot, line in enumerate(lines):
                     vector.store(builder, sums[slot], line)
         return context.get_dummy_value()

@@ -1,8 +1,8 @@
 """Lists of operations that all threads go through together, with no interpreter between them.
 
-An operation is cut into tasks; threads claim them one by one, and go on to the next operation when all
-tasks of this one are done. So a thread that lost its core holds nobody up except with the task in its
-hands, and one that comes late finds less to do.
+An operation is cut into tasks. Each thread has a stretch of them, which it claims one by one, so that its
+reads go on where they were; then it helps the others. All go on to the next operation when the tasks of this
+one are done. So a thread that lost its core holds nobody up except with the task in its hands.
 """
 
 from collections.abc import Callable, Sequence
@@ -151,42 +151,44 @@ def _give_way(typing: Any) -> Any:
 @njit(parallel=THREADED, nogil=True, cache=True)
 def _run(operations: int, count: int, counters: int, threads: int) -> None:
     # Addresses, not arrays: Numba would copy the descriptions of arrays for each thread.
-    cleared = longs(counters)
-    for index in range(count):
-        cleared[index * LINE] = 0
-        cleared[index * LINE + 1] = 0
-    for _ in prange(threads):
+    cleared, lines = longs(counters), threads + 1
+    for line in range(count * lines):
+        cleared[line * LINE] = 0
+    for thread in prange(threads):
         for index in range(count):
             row = operations + index * FIELDS * 8
             fields = longs(row)
             tasks = fields[2] if fields[1] == 0 else longs(fields[1])[0]
-            claims = counters + index * LINE * 8
+            finished = counters + index * lines * LINE * 8
             done = 0
-            while True:
-                task = _add(claims, 1)
-                if task >= tasks:
-                    break
-                _perform(fields[0], row + ARGUMENTS * 8, task)
-                done += 1
+            for turn in range(threads):
+                owner = (thread + turn) % threads
+                first, last = owner * tasks // threads, (owner + 1) * tasks // threads
+                while first < last:
+                    task = first + _add(finished + (owner + 1) * LINE * 8, 1)
+                    if task >= last:
+                        break
+                    _perform(fields[0], row + ARGUMENTS * 8, task)
+                    done += 1
             if done > 0:
-                _add(claims + 8, done)
+                _add(finished, done)
             looks = 0
-            while _look(claims + 8) < tasks:
+            while _look(finished) < tasks:
                 looks += 1
                 if looks > PATIENCE:
                     _give_way()
 
 
 class Program:
-    """Operations in their order, with what keeps their memory alive."""
+    """Operations in their order, for so many threads; what they point to must be kept alive."""
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
+    def __init__(self, operations: Sequence[Operation], threads: int) -> None:
         self._operations = np.stack(operations)
-        raw = np.zeros((len(operations) + 1) * LINE, np.int64)
-        skip = -(address(raw) // 8) % LINE
-        self._counters = raw[skip:]
+        self._threads = threads
+        raw = np.zeros((len(operations) * (threads + 1) + 1) * LINE, np.int64)
+        self._counters = raw[-(address(raw) // 8) % LINE :]
 
-    def run(self, threads: int) -> None:
-        """Go through all operations once, on `threads` threads; one thread at a time may call."""
+    def run(self) -> None:
+        """Go through all operations once; one thread at a time may call."""
         operations = self._operations
-        _run(address(operations), len(operations), address(self._counters), threads)
+        _run(address(operations), len(operations), address(self._counters), self._threads)

@@ -60,7 +60,7 @@ class AtOnce:
 
     def do(self, size: int, *operations: Operation) -> None:
         """See `Sink`."""
-        Program(operations).run(self._threads.claim() if size >= ALONE else 1)
+        Program(operations, self._threads.claim() if size >= ALONE else 1).run()
 
 
 class Recorder:
@@ -109,7 +109,7 @@ class Recording:
         self._rows = StepBatch(zeros, zeros.copy(), every, np.ones(rows, np.int32), tables, every[:-1])
         self._recorder, self._partials, self._threads = Recorder(), Partials(), threads
         self._logits = record(self._recorder, self._partials, self._rows)
-        self._program = Program(self._recorder.operations)
+        self._program = Program(self._recorder.operations, threads.count)
 
     def __call__(self, batch: StepBatch) -> Floats:
         """The step's logits; the next call writes over them."""
@@ -123,5 +123,6 @@ class Recording:
         for check in self._recorder.checks:
             check()
         self._partials.grow(batch.lengths)
-        self._program.run(self._threads.claim())
+        self._threads.claim()
+        self._program.run()
         return self._logits

@@ -109,13 +109,24 @@ def product(
                         slot = row * panels_ + number
                         sums[slot] = vector.multiply_add(builder, weight, value, sums[slot])
 
-            vector.unrolled(builder, begin, end, UNROLL, column)
+            vector.unrolled(builder, begin, end, UNROLL, column, ask)
+
+        def ask(index: Any) -> None:
+            """Fetch what is read at this place of the next panels: a stream ends too soon to be foreseen."""
+            for at in code_at:
+                place = builder.add(builder.mul(columns_, word(panels_)), index)
+                place = vector.offset(builder, at, builder.mul(place, word(per_column)), item)
+                vector.prefetch(builder, place, UNROLL * per_column * (4 if bits_ == 32 else 1))
 
         if bits_ == 32:
             run(word(0), columns_, [], [])
         else:
             with vector.loop(builder, word(0), groups) as index:
                 pairs = [_scale_and_bias(builder, at, index, kind) for at in affine_at]
+                for at in affine_at:
+                    next_panels = builder.add(builder.mul(groups, word(panels_)), index)
+                    place = vector.offset(builder, at, builder.mul(next_panels, word(2 * PANEL)), kind)
+                    vector.prefetch(builder, place, 2 * PANEL * (2 if kind == HALF else 4))
                 begin = builder.mul(index, group_)
                 run(
                     begin,

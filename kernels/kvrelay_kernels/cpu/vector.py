@@ -142,6 +142,18 @@ def widen(builder: Any, pointer: Any, lanes: int, bits: int) -> Any:
     return builder.sitofp(builder.shuffle_vector(low, high, order), ir.VectorType(FLOAT, lanes))
 
 
+def centred(builder: Any, pointer: Any, bits: int) -> list[Any]:
+    """16 bytes of codes less half their range, as float32: of 4 bits, low nibbles, then high ones."""
+    octets, word = load(builder, pointer, 16, BYTE), ir.VectorType(INT, 16)
+    if bits == 8:
+        signed = builder.sext(builder.xor(octets, splat(builder, BYTE(0x80), 16)), word)
+        return [builder.sitofp(signed, ir.VectorType(FLOAT, 16))]
+    wide = builder.zext(builder.xor(octets, splat(builder, BYTE(0x88), 16)), word)
+    down = splat(builder, INT(28), 16)
+    raised = [builder.shl(wide, splat(builder, INT(bit), 16)) for bit in (28, 24)]
+    return [builder.sitofp(builder.ashr(value, down), ir.VectorType(FLOAT, 16)) for value in raised]
+
+
 @contextmanager
 def loop(builder: Any, start: Any, stop: Any) -> Iterator[Any]:
     """A counted loop from `start` to `stop`; yields the index."""
@@ -149,12 +161,19 @@ def loop(builder: Any, start: Any, stop: Any) -> Iterator[Any]:
         yield counter.index
 
 
-def unrolled(builder: Any, start: Any, stop: Any, times: int, body: Callable[[Any], None]) -> None:
-    """`body(index)` for each index, `times` of them in one turn of the loop and the rest one by one."""
+def unrolled(
+    builder: Any, start: Any, stop: Any, times: int, body: Callable[[Any], None],
+    turn: Callable[[Any], None] = lambda index: None,
+) -> None:  # fmt: skip
+    """`body(index)` for each index, `times` of them in one turn of the loop and the rest one by one.
+
+    `turn(index)` comes once before the first of each full turn.
+    """
     kind = start.type
     turns = builder.sdiv(builder.sub(stop, start), kind(times))
     with cgutils.for_range(builder, turns) as counter:
         base = builder.add(start, builder.mul(counter.index, kind(times)))
+        turn(base)
         for step in range(times):
             body(builder.add(base, kind(step)))
     with loop(builder, builder.add(start, builder.mul(turns, kind(times))), stop) as index:
