@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from decode_service.batch import step_batch
 from decode_service.config import DecodeConfig
 from decode_service.metrics import DecodeMetrics
-from decode_service.slot import Slot
+from decode_service.slot import Event, Slot
 from kv_transfer.block import BlockCodec
 from kv_transfer.block_pool import BlockPool
 from kv_transfer.landing import Landings
@@ -52,6 +52,7 @@ class DecodeEngine(StepLoop):
         self._reserved: list[Slot] = []
         """Granted slots whose blocks are on their way."""
         self._active: list[Slot] = []
+        self._untold: list[tuple[Slot, Event]] = []
 
     @property
     def waiting(self) -> int:
@@ -110,11 +111,20 @@ class DecodeEngine(StepLoop):
         self._grant()
         if self._active:
             self._compute()
+        if not self._active:
+            self._tell()
 
     def fail(self, error: KvrelayError) -> None:
         """End every sequence with `error`."""
         for slot in self._slots():
             self._end(slot, error)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Emit what has happened; whoever listens has the interpreter while a step computes."""
+        events, self._untold = self._untold, []
+        for slot, event in events:
+            slot.emit(event)
 
     def _slots(self) -> tuple[Slot, ...]:
         with self.changed:
@@ -152,7 +162,8 @@ class DecodeEngine(StepLoop):
             slot.arrived.add_done_callback(lambda _: self.wake())
             self._reserved.append(slot)
             lease = Lease(lease_id=slot.lease_id, endpoint=self.endpoint)
-            slot.emit(pb.DecodeResponse(reserved=pb.Reserved(lease=lease, max_tokens=slot.max_tokens)))
+            reserved = pb.Reserved(lease=lease, max_tokens=slot.max_tokens)
+            self._untold.append((slot, pb.DecodeResponse(reserved=reserved)))
 
     def _join(self) -> None:
         now = time.monotonic()
@@ -171,7 +182,8 @@ class DecodeEngine(StepLoop):
             self.metrics.blocks_moved += arrival.blocks
             self.metrics.bytes_moved += arrival.bytes
             slot.answer_ids.append(arrival.first_token)
-            slot.emit(pb.DecodeResponse(joined=pb.Joined(blocks=arrival.blocks, bytes=arrival.bytes)))
+            joined = pb.Joined(blocks=arrival.blocks, bytes=arrival.bytes)
+            self._untold.append((slot, pb.DecodeResponse(joined=joined)))
             self._end_if_finished(slot)
 
     def _watch(self, slot: Slot, now: float) -> None:
@@ -186,8 +198,10 @@ class DecodeEngine(StepLoop):
 
     def _compute(self) -> None:
         slots = tuple(self._active)
+        batch = step_batch(slots)
+        self._tell()
         try:
-            logits = self.decoder.forward(step_batch(slots), self.arena)
+            logits = self.decoder.forward(batch, self.arena)
         except KernelError as error:
             log.warning("a decode step failed: %s", error)
             # Where the fault is in some sequences alone, the others take the step again.
@@ -202,23 +216,24 @@ class DecodeEngine(StepLoop):
     def _draw(self, slot: Slot, logits: NDArray[np.float32]) -> None:
         drawn = sample(logits, slot.sampling, slot.length, slot.prompt_ids, slot.answer_ids)
         slot.answer_ids.append(drawn.token_id)
-        slot.untold.append(_message(drawn))
+        slot.drawn.append(_message(drawn))
         now = time.monotonic()
         if now - slot.told >= self.config.stream_seconds:
             slot.told = now
-            self._tell(slot)
+            self._pass_tokens(slot)
         self._end_if_finished(slot)
 
-    def _tell(self, slot: Slot) -> None:
-        if slot.untold:
-            slot.emit(pb.DecodeResponse(tokens=pb.DecodedTokens(tokens=slot.untold)))
-            slot.untold = []
+    def _pass_tokens(self, slot: Slot) -> None:
+        if slot.drawn:
+            tokens = pb.DecodedTokens(tokens=slot.drawn)
+            self._untold.append((slot, pb.DecodeResponse(tokens=tokens)))
+            slot.drawn = []
 
     def _end_if_finished(self, slot: Slot) -> None:
         reason = slot.finish_reason
         if reason is not None:
-            self._tell(slot)
-            slot.emit(pb.DecodeResponse(finished=pb.Finished(reason=reason)))
+            self._pass_tokens(slot)
+            self._untold.append((slot, pb.DecodeResponse(finished=pb.Finished(reason=reason))))
             self._end(slot, None)
 
     def _end(self, slot: Slot, error: KvrelayError | None) -> None:
@@ -232,8 +247,8 @@ class DecodeEngine(StepLoop):
         self.landings.close(slot.lease_id, error)
         self.pool.release(slot.blocks)
         slot.blocks = []
-        self._tell(slot)
-        slot.emit(error)
+        self._pass_tokens(slot)
+        self._untold.append((slot, error))
         self.wake()
 
 

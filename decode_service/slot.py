@@ -40,8 +40,8 @@ class Slot:
     """Done when all blocks are in; None before the slot is granted."""
     deadline: float = 0.0
     """`time.monotonic()` after which a granted slot without its blocks is taken back."""
-    untold: list[SampledToken] = field(default_factory=list[SampledToken])
-    """Tokens drawn since the last message."""
+    drawn: list[SampledToken] = field(default_factory=list[SampledToken])
+    """Tokens since the last message."""
     told: float = float("-inf")
     """`time.monotonic()` of that message."""
     landed: int = 0

@@ -12,7 +12,7 @@ from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
-SPLIT = 2 * BLOCK_TOKENS
+SPLIT = 4 * BLOCK_TOKENS
 """Keys of one task. Splits begin at multiples of this, so that a result depends on the sequence alone."""
 
 
@@ -99,9 +99,14 @@ def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
                 )  # fmt: skip
         for h in range(heads):
             line = h * SPLIT
-            top = max(largest(scores, line), largest(scores, line + BLOCK_TOKENS)) * scale
-            weights[task * heads + h] = exponentials(scores, line, scale, top)
-            weights[task * heads + h] += exponentials(scores, line + BLOCK_TOKENS, scale, top)
+            top = largest(scores, line)
+            for part in range(BLOCK_TOKENS, SPLIT, BLOCK_TOKENS):
+                top = max(top, largest(scores, line + part))
+            top *= scale
+            weight = np.float32(0)
+            for part in range(0, SPLIT, BLOCK_TOKENS):
+                weight += exponentials(scores, line + part, scale, top)
+            weights[task * heads + h] = weight
             tops[task * heads + h] = top
         for key in range(begin, min(begin + SPLIT, lengths[s]), BLOCK_TOKENS):
             skip = max(0, opens[s] - key)

@@ -17,6 +17,8 @@ MOST_ROWS = 8 if LANES == 16 else 2
 TILE_ROWS = 6
 TILE_LANES = 64 if LANES == 16 else 16
 WIDE = 2 * PANEL
+SHARES = 8
+"""Tasks that a thread has of a product: enough to end together, few enough to be claimed cheaply."""
 DEPTH = 128
 """Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
 
@@ -25,6 +27,18 @@ DEPTH = 128
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
     """First and last + 1 of `count` items that fall to one of `parts` threads."""
     return count * part // parts, count * (part + 1) // parts
+
+
+def panels_of_task(panels: int, rows: int, threads: int) -> int:
+    """How many panels to cut off at a time, so that all threads end together where the number allows it.
+
+    A row alone wants two or three panels at once: the sums of one would wait for each other.
+    """
+    least = 2 if rows == 1 else 1
+    wanted, each = max(least, panels // (threads * SHARES)), panels // threads
+    if panels % threads:
+        return wanted
+    return next((size for size in range(wanted, each + 1) if each % size == 0), wanted)
 
 
 @once
@@ -41,6 +55,10 @@ def few_rows_code(bits: int, half: bool) -> Any:
         panel, last = task * a[8], min(a[7], (task + 1) * a[8])
         while panel < last:
             start = panel * PANEL
+            if rows == 1 and last - panel > 2 and (last - panel) % 2:
+                product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 3)
+                panel += 3
+                continue
             if rows == 1 and panel + 1 < last:
                 product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 2)
                 panel += 2
