@@ -1,4 +1,4 @@
-"""Rotary embedding of q and k, and the quantized write of k and v into the arena."""
+"""Rotary embedding of q and k, their rotation, and the quantized write of k and v into the arena."""
 
 from functools import cache as once
 from typing import Any
@@ -8,6 +8,7 @@ from numba import njit
 
 from kvrelay_kernels.cpu.blocks import put_token
 from kvrelay_kernels.cpu.program import doubles, floats, longs, octets, task_code, words
+from kvrelay_kernels.cpu.rotation import rotate
 from kvrelay_kernels.cpu.rows import square_sum
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
@@ -62,12 +63,17 @@ def append_code(bits: int, group: int, dim: int) -> Any:
             token, angle = position % BLOCK_TOKENS, position * half
             for head in range(kv_heads * piece // pieces, kv_heads * (piece + 1) // pieces):
                 for query in range(head * shared, (head + 1) * shared):
+                    target = (row * heads + query) * dim
                     turn(
                         qkv, row * width + query * dim, dim, half, q_norm, normed, eps, cos, sin, angle,
-                        out, (row * heads + query) * dim,
+                        out, target,
                     )  # fmt: skip
+                    if bits:
+                        rotate(out, target, dim)
                 index, source = head * BLOCK_TOKENS + token, row * width + (heads + head) * dim
                 turn(qkv, source, dim, half, k_norm, normed, eps, cos, sin, angle, key, 0)
+                if bits:
+                    rotate(key, 0, dim)
                 codes, scales = block + places[0] + index * size, block + places[1] + index * pair
                 biases = block + places[2] + index * pair
                 put_token(key, 0, cache, codes, scales, biases, bits, group, dim)

@@ -26,6 +26,7 @@ from kvrelay_kernels.mlx.attention import attend
 from kvrelay_kernels.mlx.linear import MlxLinear, pack
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 from kvrelay_kernels.quant.formats import Element
+from kvrelay_kernels.quant.rotation import run_length
 
 
 class MlxBackend:
@@ -107,8 +108,11 @@ class MlxBackend:
         sequences = np.repeat(np.arange(batch.sequences), np.diff(batch.row_starts))
         blocks = batch.block_tables[sequences, batch.positions // BLOCK_TOKENS]
         offsets = batch.positions % BLOCK_TOKENS
-        _own(arena).append(layer, mx.array(blocks), mx.array(offsets), _rotate(k, cos, sin), v)
-        return _rotate(q, cos, sin).astype(self._type).reshape(rows, spec.heads * spec.head_dim)
+        q, k = _turn(q, cos, sin), _turn(k, cos, sin)
+        if arena.layout.format.quantized:
+            q, k = _rotate(q), _rotate(k)
+        _own(arena).append(layer, mx.array(blocks), mx.array(offsets), k, v)
+        return q.astype(self._type).reshape(rows, spec.heads * spec.head_dim)
 
     def attention(
         self, q: mx.array, batch: StepBatch, arena: Arena, layer: int, spec: AttentionSpec
@@ -128,7 +132,14 @@ class MlxBackend:
         """Nothing of its own to compile: MLX loads its kernels when the decoder's warm-up steps run them."""
 
 
-def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def _rotate(x: mx.array) -> mx.array:
+    """As `quant.rotation.rotate`."""
+    run = run_length(x.shape[-1])
+    runs = x.reshape(*x.shape[:-1], -1, run)
+    return mx.hadamard_transform(runs, scale=run**-0.5).reshape(x.shape)
+
+
+def _turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate-half rope in float32."""
     left, right = mx.split(x.astype(mx.float32), 2, axis=-1)
     return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -19,7 +19,8 @@ class CacheFormat:
     """How the elements of K and V are stored.
 
     Affine formats hold `bits`-bit codes with one float16 scale and one float16 bias per `group`
-    elements of the head dimension: value = scale * code + bias. `none` (bits 0) holds `element`s.
+    elements of the head dimension: value = scale * code + bias. Keys are rotated before they are coded, and
+    queries with them (`rotation.py`). `none` (bits 0) holds `element`s, as they are.
     """
 
     base: str

@@ -77,5 +77,5 @@ class BlockLayout:
     def fingerprint(self) -> int:
         """64-bit hash of everything that decides how the bytes are read."""
         fmt = self.format
-        parts = ("kvrelay-layout-1", fmt.name, fmt.element, self.kv_heads, self.head_dim, BLOCK_TOKENS)
+        parts = ("kvrelay-layout-2", fmt.name, fmt.element, self.kv_heads, self.head_dim, BLOCK_TOKENS)
         return xxhash.xxh3_64_intdigest("|".join(map(str, parts)).encode())

@@ -22,6 +22,7 @@ from kvrelay_kernels.interface import (
 from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
 from kvrelay_kernels.quant.affine import dequantize, quantize
 from kvrelay_kernels.quant.formats import Element
+from kvrelay_kernels.quant.rotation import rotate
 from kvrelay_kernels.quant.weights import quantize_weight
 
 Doubles = NDArray[np.float64]
@@ -151,6 +152,8 @@ class ReferenceBackend:
         if norms:
             q, k = self.rms_norm(q, norms[0], norms[2]), self.rms_norm(k, norms[1], norms[2])
         q, k = self._turn(q, batch.positions, rope), self._turn(k, batch.positions, rope)
+        if arena.layout.format.quantized:
+            q, k = rotate(q), rotate(k)
         sequence = np.repeat(np.arange(batch.sequences), np.diff(batch.row_starts))
         blocks = batch.block_tables[sequence, batch.positions // BLOCK_TOKENS]
         for side, vectors in (("k", k), ("v", v)):
