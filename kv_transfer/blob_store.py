@@ -1,10 +1,8 @@
-"""Named blobs that are dear to make and may be lost at any time, such as compiled plans."""
+"""Named blobs that are dear to make and may be lost at any time: tiers of a store of compiled plans."""
 
 import struct
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import cast
 
 import redis
@@ -56,30 +54,6 @@ class MemoryBlobs(BlobStore):
 
     def _write(self, name: str, stored: bytes) -> None:
         self._blobs[name] = stored
-
-
-class DiskBlobs(BlobStore):
-    """One file a blob in a folder that processes may share: readers see a blob whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return self._path(name).read_bytes()
-        except OSError:
-            return None
-
-    def _write(self, name: str, stored: bytes) -> None:
-        with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
-                file.write(stored)
-            Path(file.name).replace(self._path(name))
-
-    def _path(self, name: str) -> Path:
-        return self._folder / xxhash.xxh3_128_hexdigest(name.encode())
 
 
 class RedisBlobs(BlobStore):

@@ -1,23 +1,22 @@
 """Blob stores: a blob comes back as it was put, or not at all."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from kv_transfer.blob_store import BlobStore, DiskBlobs, MemoryBlobs, RedisBlobs
+from kv_transfer.blob_store import BlobStore, MemoryBlobs, RedisBlobs
 from kv_transfer.embedded import EmbeddedServer
 from kv_transfer.redis_store import connect
+from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanStore, Tier
 
 Open = Callable[[], BlobStore]
 
 
-@pytest.fixture(params=["memory", "disk", "redis"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path, redis_server: EmbeddedServer) -> BlobStore:
+@pytest.fixture(params=["memory", "redis"])
+def blobs(request: pytest.FixtureRequest, redis_server: EmbeddedServer) -> BlobStore:
     """Each kind of store in turn."""
     stores: dict[str, Open] = {
         "memory": MemoryBlobs,
-        "disk": lambda: DiskBlobs(tmp_path / "plans"),
         "redis": lambda: RedisBlobs(connect(redis_server.uri)),
     }
     return stores[request.param]()
@@ -50,19 +49,25 @@ def test_a_broken_blob_is_counted_and_not_given(blobs: BlobStore) -> None:
     assert blobs.get("plan") == b"0123456789"
 
 
-def test_the_disk_holds_whole_blobs_only(tmp_path: Path) -> None:
-    blobs = DiskBlobs(tmp_path)
-    for number in range(5):
-        blobs.put("plan", bytes([number]) * 100)
-    assert len(list(tmp_path.iterdir())) == 1
-    assert DiskBlobs(tmp_path).get("plan") == bytes([4]) * 100
-
-
-def test_a_store_that_is_gone_only_forgets(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
+def test_a_store_that_is_gone_only_forgets() -> None:
     server = EmbeddedServer()
     server.stop()
-    for blobs in (DiskBlobs(tmp_path / "file" / "folder"), RedisBlobs(connect(server.uri))):
-        blobs.put("plan", b"bytes")
-        assert blobs.get("plan") is None
-        assert blobs.corrupt == 0
+    blobs = RedisBlobs(connect(server.uri))
+    blobs.put("plan", b"bytes")
+    assert blobs.get("plan") is None
+    assert blobs.corrupt == 0
+
+
+def test_what_one_worker_built_the_next_one_loads(blobs: BlobStore) -> None:
+    key = GraphKey.of("cubin", DeviceClass((9, 0)))
+
+    def worker() -> PlanCache[bytes]:
+        return PlanCache(PlanStore([Tier("own", MemoryBlobs()), Tier("fleet", blobs)]), capacity=1)
+
+    first, second = worker(), worker()
+    assert first.get(key, lambda: b"plan", bytes, bytes).value == b"plan"
+    assert second.get(key, lambda: pytest.fail("built again"), bytes, bytes).value == b"plan"
+    assert second.counts.hits == {"fleet": 1}
+    second.clear()
+    second.get(key, lambda: pytest.fail("built again"), bytes, bytes)
+    assert second.counts.hits == {"fleet": 1, "own": 1}

@@ -1,7 +1,7 @@
-"""Kernels by key: source, constants and architecture name a cubin, kept on disk and loaded once."""
+"""Kernels by key: source, constants and architecture name a cubin, compiled once and kept as a plan."""
 
 import hashlib
-import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from kvrelay_kernels.cuda import nvrtc
+from kvrelay_kernels.errors import KernelError
+from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, open_plans
+from kvrelay_kernels.plans.encoding import encode
 
 SOURCES = Path(__file__).parent / "sources"
 
 Constants = Mapping[str, int | bool]
 """Macros that a source is compiled with."""
+
+CUBINS = 4
+"""Kept in memory: few, for a kernel that is loaded needs its cubin no more."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,19 @@ class KernelKey:
         ]
 
     @property
-    def digest(self) -> str:
-        """Hash over the key, every source text and the compiler's version."""
-        parts = [
-            *self.options,
-            nvrtc.version(),
-            self.source,
-            *_headers(),
-            *_headers().values(),
-            _text(self.source),
-        ]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    def graph_key(self) -> GraphKey:
+        """Everything that decides the cubin: the key, every source text and the compiler's version."""
+        number = self.arch.removeprefix("sm_").rstrip("af")
+        return GraphKey.of(
+            "cubin",
+            DeviceClass((int(number[:-1]), int(number[-1]))),
+            attributes={
+                "source": self.source,
+                "options": tuple(self.options),
+                "texts": _texts_digest(self.source),
+            },
+            libraries={"nvrtc": nvrtc.version()},
+        )
 
 
 @cache
@@ -65,47 +73,58 @@ def _text(source: str) -> str:
     return (SOURCES / f"{source}.cu").read_text()
 
 
+@cache
+def _texts_digest(source: str) -> bytes:
+    texts = encode((_text(source), tuple(_headers().items())))
+    return hashlib.blake2b(texts, digest_size=16).digest()
+
+
 def compile_kernel(key: KernelKey) -> bytes:
     """The cubin of a key, from the compiler. Raises BackendUnavailable or CompileFailed."""
     return nvrtc.compile_cubin(_text(key.source), _headers(), key.options)
 
 
 class KernelCache:
-    """Loaded kernels of this process's current device; cubins stay in `directory`, if one is given."""
+    """Loaded kernels of this process's current device; safe to call from several threads."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(self, plans: PlanStore | Path | None = None) -> None:
+        """`plans` is where cubins are kept: a store, a folder, or nowhere."""
+        store = plans if isinstance(plans, PlanStore) else open_plans(plans)
+        self._cubins: PlanCache[bytes] = PlanCache(store, CUBINS)
         self._loaded: dict[KernelKey, Any] = {}
         self._shared: dict[KernelKey, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> PlanCounts:
+        """How cubins were come by."""
+        return self._cubins.counts
 
     def cubin(self, key: KernelKey) -> bytes:
-        """The cubin, from disk or from the compiler."""
-        if self._directory is None:
-            return compile_kernel(key)
-        path = self._directory / f"{key.source}-{key.arch}-{key.digest[:32]}.cubin"
-        if path.exists():
-            return path.read_bytes()
-        cubin = compile_kernel(key)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_bytes(cubin)
-        draft.replace(path)  # another process may be writing the same file
-        return cubin
+        """The cubin, from the store or from the compiler. Raises as `compile_kernel`."""
+        return self._cubins.get(key.graph_key, lambda: compile_kernel(key), bytes, _machine_code).value
 
     def load(self, key: KernelKey, shared_bytes: int) -> Any:
         """The `cupy.cuda.function.Function` of a key, allowed `shared_bytes` of dynamic shared memory."""
         from cupy.cuda import driver, function  # pyright: ignore[reportMissingImports]
 
-        if key not in self._loaded:
-            module = function.Module()
-            module.load(self.cubin(key))
-            self._loaded[key] = module.get_function(key.source)
-        kernel = self._loaded[key]
-        self._shared[key] = shared_bytes = max(shared_bytes, self._shared.get(key, 0))
-        driver.funcSetAttribute(
-            kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
-        )
+        with self._lock:
+            if key not in self._loaded:
+                module = function.Module()
+                module.load(self.cubin(key))
+                self._loaded[key] = module.get_function(key.source)
+            kernel = self._loaded[key]
+            self._shared[key] = shared_bytes = max(shared_bytes, self._shared.get(key, 0))
+            driver.funcSetAttribute(
+                kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+            )
         return kernel
+
+
+def _machine_code(stored: bytes) -> bytes:
+    if not stored.startswith(b"\x7fELF"):
+        raise KernelError("a stored cubin is no machine code")
+    return stored
 
 
 def device_arch() -> str:
