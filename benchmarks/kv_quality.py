@@ -28,6 +28,7 @@ from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
 from model_runtime.opening import open_decoder
+from model_runtime.options import DecoderOptions
 from model_runtime.progress import silent
 from model_runtime.tokenizer import load_tokenizer
 
@@ -48,7 +49,7 @@ class Judged:
     losses: list[Floats] = field(default_factory=list)
     likeliest: list[NDArray[np.intp]] = field(default_factory=list)
     margins: list[Floats] = field(default_factory=list)
-    """By how many nats the unquantized cache puts its own likeliest token before this format's; 0 where they agree."""
+    """Nats by which the unquantized cache puts its likeliest token before this format's; 0 where alike."""
     divergences: list[Floats] = field(default_factory=list)
 
     def add(
@@ -138,7 +139,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="smollm2")
     modes = ["auto", "float", "int8", "int4"]
-    parser.add_argument("--weights", nargs="+", default=["float", "auto"], choices=modes)
+    parser.add_argument("--weights", nargs="+", default=["auto"], choices=modes)
     parser.add_argument("--window", type=int, default=2049, help="tokens of a sequence, one not judged")
     parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--threads", type=int, default=cores())
@@ -159,7 +160,8 @@ def main() -> int:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for weights in args.weights:
         print(f"weights {weights}", file=sys.stderr)
-        decoder = open_decoder(args.model, "cpu", args.threads, cast(WeightMode, weights), silent)
+        options = DecoderOptions(args.model, threads=args.threads, weights=cast(WeightMode, weights))
+        decoder = open_decoder(options, silent)
         results[weights] = judge(decoder, sequences)
     faults = failures(results)
     report: dict[str, Any] = {

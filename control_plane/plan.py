@@ -9,6 +9,7 @@ from control_plane.workers import decode_worker, prefill_worker
 from decode_service.config import DecodeConfig
 from gateway_service.config import GatewayConfig
 from kvrelay.v1.worker_pb2 import Pool
+from model_runtime.options import DecoderOptions
 from prefill_service.config import PrefillConfig
 
 LOOPBACK = "127.0.0.1"
@@ -28,16 +29,11 @@ def prefill_plan(config: KvrelayConfig, store: str | None, resources: Resources)
     def configure(worker_id: str) -> PrefillConfig:
         return PrefillConfig(
             worker_id=worker_id,
-            model=model_for_workers(config),
-            backend=config.model.backend,
-            threads=threads_of(settings),
-            weights=config.model.weights,
-            kv_format=config.model.kv_format,
+            decoder=decoder_options(config, settings),
             chunk_tokens=settings.chunk_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             cache_tokens=settings.cache_tokens,
-            plan_cache=plan_cache_of(settings),
             store=store,
         )
 
@@ -61,15 +57,10 @@ def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> 
     def configure(worker_id: str) -> DecodeConfig:
         return DecodeConfig(
             worker_id=worker_id,
-            model=model_for_workers(config),
-            backend=config.model.backend,
-            threads=threads_of(settings),
-            weights=config.model.weights,
-            kv_format=config.model.kv_format,
+            decoder=decoder_options(config, settings),
             slots=settings.slots,
             max_waiting=settings.max_waiting,
             cache_tokens=settings.cache_tokens,
-            plan_cache=plan_cache_of(settings),
             default_max_tokens=settings.default_max_tokens,
             stream_seconds=settings.stream_seconds,
             lease_seconds=settings.lease_seconds,
@@ -89,20 +80,22 @@ def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> 
     )
 
 
-def model_for_workers(config: KvrelayConfig) -> str:
-    """The model as the workers find it: a path in full, since their folder may be another one."""
-    name = config.model.name
-    return str(Path(name).resolve()) if Path(name).exists() else name
+def decoder_options(config: KvrelayConfig, settings: WorkerSettings) -> DecoderOptions:
+    """What workers are told of the model; paths in full, since their folder may be another one."""
+    model = config.model
+    return DecoderOptions(
+        model=str(Path(model.name).resolve()) if Path(model.name).exists() else model.name,
+        backend=model.backend,
+        threads=threads_of(settings),
+        weights=model.weights,
+        kv_format=model.kv_format,
+        plan_cache=settings.plan_cache and settings.plan_cache.expanduser().absolute(),
+    )
 
 
 def threads_of(settings: WorkerSettings) -> int:
     """Compute threads of a worker."""
     return settings.threads or cores()
-
-
-def plan_cache_of(settings: WorkerSettings) -> Path | None:
-    """The folder of plans in full, since the workers' own may be another one."""
-    return settings.plan_cache and settings.plan_cache.expanduser().absolute()
 
 
 def _host(config: KvrelayConfig) -> str | None:

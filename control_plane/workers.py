@@ -60,15 +60,21 @@ class WorkerActor(Generic[Config]):
         self._ended.set()
 
 
+def _choose_backend(config: Config) -> Config:
+    """With a backend of the machine that this is, where none was named."""
+    decoder = config.decoder
+    return replace(config, decoder=replace(decoder, backend=choose(decoder.backend)))
+
+
 def prefill_worker(config: PrefillConfig) -> Worker:
     """A prefill worker; imported here, since only the actor's process needs its compilers and libraries."""
     from prefill_service.worker import PrefillWorker
 
-    return PrefillWorker(replace(config, backend=choose(config.backend)))
+    return PrefillWorker(_choose_backend(config))
 
 
 def decode_worker(config: DecodeConfig) -> Worker:
     """A decode worker; imported here, since only the actor's process needs its compilers and libraries."""
     from decode_service.worker import DecodeWorker
 
-    return DecodeWorker(replace(config, backend=choose(config.backend)))
+    return DecodeWorker(_choose_backend(config))

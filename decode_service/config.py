@@ -1,9 +1,8 @@
 """Settings of a decode worker."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from kvrelay_kernels.interface import WeightMode
+from model_runtime.options import DecoderOptions
 
 
 @dataclass(frozen=True)
@@ -11,22 +10,15 @@ class DecodeConfig:
     """Everything a decode worker is told; the control plane composes it."""
 
     worker_id: str
-    model: str
-    """A path, known name or repo id, as `model_runtime.catalog.resolve` takes it."""
+    decoder: DecoderOptions
     host: str = "127.0.0.1"
     """Address that the worker binds and that others reach it at."""
-    backend: str = "cpu"
-    threads: int = 2
-    weights: WeightMode = "auto"
-    kv_format: str = "int8"
     slots: int = 16
     """Sequences that share steps."""
     max_waiting: int = 256
     """Requests that wait for a slot; past it they are refused."""
     cache_tokens: int = 65536
     """Capacity of the arena."""
-    plan_cache: Path | None = None
-    """Folder of compiled plans, which the workers of a machine share; None: `~/.cache/kvrelay/plans`."""
     default_max_tokens: int = 2048
     """Bound on an answer where the request names none."""
     stream_seconds: float = 0.02

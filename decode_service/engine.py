@@ -41,7 +41,7 @@ class DecodeEngine(StepLoop):
         self.config = config
         self.decoder = decoder
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
-        self.arena = decoder.new_arena(self.pool.capacity, config.kv_format)
+        self.arena = decoder.new_arena(self.pool.capacity, config.decoder.kv_format)
         self.landings = Landings(
             BlockCodec(decoder.config.fingerprint64, self.arena.layout, self.arena.layers),
         )

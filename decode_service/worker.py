@@ -21,7 +21,6 @@ from kvrelay.v1.worker_pb2 import (
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
-from kvrelay_kernels.plans import default_plan_folder, open_plans
 from model_runtime.opening import Activity, open_decoder
 
 
@@ -43,10 +42,7 @@ class DecodeWorker:
         TransportLost: the Redis server of its transport cannot be reached.
         """
         config = self.config
-        plans = open_plans(config.plan_cache or default_plan_folder())
-        decoder = open_decoder(
-            config.model, config.backend, config.threads, config.weights, self._activity, plans
-        )
+        decoder = open_decoder(config.decoder, self._activity)
         try:
             self._engine = engine = DecodeEngine(config, decoder)
         except (FormatUnsupported, MemoryError) as error:

@@ -4,12 +4,12 @@ from typing import cast
 
 from kvrelay.errors import BadSetup
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
-from kvrelay_kernels.interface import WeightMode
-from kvrelay_kernels.plans import PlanStore
+from kvrelay_kernels.plans import default_plan_folder, open_plans
 from kvrelay_kernels.registry import BackendName, load_backend
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
+from model_runtime.options import DecoderOptions
 from model_runtime.progress import Progress
 
 
@@ -24,24 +24,18 @@ class Activity:
         self.text = f"{what} {100 * done // total}%" if total else what
 
 
-def open_decoder(
-    model: str,
-    backend: str,
-    threads: int,
-    weights: WeightMode,
-    progress: Progress,
-    plans: PlanStore | None = None,
-) -> Decoder:
-    """Find (or fetch) a model, and pack its weights on a backend, which keeps what it compiles in `plans`.
+def open_decoder(options: DecoderOptions, progress: Progress) -> Decoder:
+    """Find (or fetch) a model, and pack its weights on a backend, which keeps what it compiles in a folder.
 
     Raises:
         BadSetup: the backend is unknown, not usable here, or cannot run this model.
         ModelNotFound, ModelUnreachable, ModelFileInvalid: as `resolve` and `load_model`.
     """
     cache = default_cache_dir()
-    checkpoint = load_model(resolve(model, cache, progress), cache)
+    checkpoint = load_model(resolve(options.model, cache, progress), cache)
+    plans = open_plans(options.plan_cache or default_plan_folder())
     try:
-        loaded = load_backend(cast(BackendName, backend), threads=threads, plans=plans)
-        return Decoder(checkpoint, loaded, weights, progress=progress)
+        backend = load_backend(cast(BackendName, options.backend), threads=options.threads, plans=plans)
+        return Decoder(checkpoint, backend, options.weights, progress=progress)
     except (BackendUnavailable, FormatUnsupported, ValueError) as error:
         raise BadSetup(str(error)) from error

@@ -48,7 +48,7 @@ class PrefillEngine(StepLoop):
         self.config = config
         self.decoder = decoder
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
-        self.arena = decoder.new_arena(self.pool.capacity, config.kv_format)
+        self.arena = decoder.new_arena(self.pool.capacity, config.decoder.kv_format)
         self.codec = BlockCodec(decoder.config.fingerprint64, self.arena.layout, self.arena.layers)
         self.store: BlockStore | None = None
         """Where prefixes that other workers computed are found; None: only those of this arena are."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from decode_service.worker import DecodeWorker
 from kvrelay.rpc import error_of_call
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvrelay.v1.sampling_pb2 import SampledToken, SamplingParams
+from model_runtime.options import DecoderOptions
 from prefill_service.config import PrefillConfig
 from prefill_service.worker import PrefillWorker
 
@@ -100,11 +101,19 @@ class Decode(Prefill):
         )
 
 
+def _split(model: Path, settings: dict[str, Any]) -> tuple[DecoderOptions, dict[str, Any]]:
+    """The settings that are about the model, and the others."""
+    names = {field.name for field in fields(DecoderOptions)}
+    about = {name: value for name, value in settings.items() if name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return DecoderOptions(str(model), **{"threads": 1, **about}), rest
+
+
 @contextmanager
 def prefill_worker(model: Path, **settings: Any) -> Iterator[Prefill]:
     """A prefill worker that ends with the context."""
-    defaults: dict[str, Any] = {"threads": 1, "cache_tokens": 4096, "kv_format": "int8"}
-    worker = PrefillWorker(PrefillConfig("prefill-0", str(model), **defaults | settings))
+    options, rest = _split(model, {"cache_tokens": 4096, **settings})
+    worker = PrefillWorker(PrefillConfig("prefill-0", options, **rest))
     started = Prefill(worker)
     try:
         yield started
@@ -116,8 +125,8 @@ def prefill_worker(model: Path, **settings: Any) -> Iterator[Prefill]:
 @contextmanager
 def decode_worker(model: Path, **settings: Any) -> Iterator[Decode]:
     """A decode worker that ends with the context."""
-    defaults: dict[str, Any] = {"threads": 1, "cache_tokens": 8192, "kv_format": "int8", "slots": 8}
-    worker = DecodeWorker(DecodeConfig("decode-0", str(model), **defaults | settings))
+    options, rest = _split(model, {"cache_tokens": 8192, "slots": 8, **settings})
+    worker = DecodeWorker(DecodeConfig("decode-0", options, **rest))
     started = Decode(worker)
     try:
         yield started

@@ -16,7 +16,7 @@ def folders(given: str | None) -> set[Path | None]:
         prefill_plan(config, None, dict).configure("p"),
         decode_plan(config, "grpc", dict).configure("d"),
     )
-    return {worker.plan_cache for worker in workers}
+    return {worker.decoder.plan_cache for worker in workers}
 
 
 def test_unless_told_each_machine_keeps_its_own() -> None:

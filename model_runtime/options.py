@@ -1,0 +1,20 @@
+"""What a worker of either pool is told about its model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrelay_kernels.interface import WeightMode
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Which model to open, on what, and in which format its cache is kept."""
+
+    model: str
+    """A path, known name or repo id, as `model_runtime.catalog.resolve` takes it."""
+    backend: str = "cpu"
+    threads: int = 2
+    weights: WeightMode = "auto"
+    kv_format: str = "int8"
+    plan_cache: Path | None = None
+    """Folder of compiled plans, which the workers of a machine share; None: `~/.cache/kvrelay/plans`."""
