@@ -46,7 +46,7 @@ def cpu_serving(result: Result) -> str:
     settings = result["settings"]
     quiet = min(case["undisturbed"] for case in cases.values())
     under = (
-        f"Medians of {quiet} or more pairs on a quiet machine"
+        f"Medians of {quiet} or more pairs in which nothing else used the machine for long"
         if quiet
         else "Medians; other jobs disturbed some of the pairs"
     )
