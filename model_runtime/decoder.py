@@ -138,7 +138,7 @@ class Decoder:
     def _run(
         self, backend: Backend, batch: StepBatch, arena: Arena, on_layer: OnLayer | None
     ) -> NDArray[np.float32]:
-        config, eps = self.config, self.config.norm_eps
+        config, eps, last = self.config, self.config.norm_eps, self.config.layers - 1
         norms = [layer.attn_norm for layer in self._layers] + [self._final_norm]
         x = backend.embed(self._embed, batch.token_ids, config.embedding_scale)
         h = backend.rms_norm(x, norms[0], eps)
@@ -146,11 +146,14 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             qkv = backend.linear(h, layer.qkv)
             q = backend.rope_append(qkv, batch, arena, index, layer.spec, layer.rope, layer.qk_norms)
-            if on_layer is not None:
-                on_layer(index)
-            if index == config.layers - 1 and not batch.plain:
+            if on_layer is not None and index > 0:
+                # A layer late: reading blocks waits for the device, which should have work meanwhile.
+                on_layer(index - 1)
+            if index == last and not batch.plain:
                 # Behind the last append only the rows whose logits are wanted matter.
                 if len(rows) == 0:
+                    if on_layer is not None:
+                        on_layer(last)
                     return np.empty((0, config.vocabulary), np.float32)
                 kept, batch, rows = only_rows(batch)
                 if kept is not None:
@@ -160,6 +163,8 @@ class Decoder:
             h = backend.gate(backend.linear(h, layer.gate_up), config.activation)
             down = self._post(backend, backend.linear(h, layer.down), layer.post_ffn_norm)
             x, h = backend.add_rms_norm(x, down, norms[index + 1], eps)
+        if on_layer is not None:
+            on_layer(last)
         return backend.logits(h, self._head, rows)
 
     def warm(self, arena: Arena, chunk: int, sequences: int, progress: Progress = silent) -> None:

@@ -108,6 +108,8 @@ class Recording:
         tables = np.zeros((rows, arena.blocks), np.int32)
         self._rows = StepBatch(zeros, zeros.copy(), every, np.ones(rows, np.int32), tables, every[:-1])
         self._recorder, self._partials, self._threads = Recorder(), Partials(), threads
+        self._read = record, arena
+        """What owns the memory that the operations read."""
         self._logits = record(self._recorder, self._partials, self._rows)
         self._program = Program(self._recorder.operations, threads.count)
 
