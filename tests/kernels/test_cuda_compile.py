@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from kvrelay_kernels.cuda.decode_attention import DecodeProblem, launch_shape
+from kvrelay_kernels.cuda.block_sparse import SparseProblem
+from kvrelay_kernels.cuda.decode_attention import DecodeProblem, Element16, launch_shape
+from kvrelay_kernels.cuda.expand import Expansion
 from kvrelay_kernels.cuda.module import SOURCES, KernelCache, KernelKey
 from kvrelay_kernels.cuda.nvrtc import CompileFailed, compile_cubin, library
+from kvrelay_kernels.cuda.rope import MANY_PASSES, AppendShape
+from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key
+from kvrelay_kernels.cuda.weights import convert_key
 from kvrelay_kernels.errors import BackendUnavailable
-from kvrelay_kernels.interface import AttentionSpec
+from kvrelay_kernels.interface import Activation, AttentionSpec
 from kvrelay_kernels.quant import BlockLayout, parse_format
 
+ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
 PROBLEMS = {
     "none": ("none", 128, 32, 8, 1),
@@ -50,8 +56,59 @@ def test_decode_plan_compiles(arch: str) -> None:
     assert KernelCache().cubin(KernelKey.of("decode_plan", {}, arch))[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (12, 4, 96), (16, 2, 256)])
+def test_block_sparse_compiles(heads: tuple[int, int, int], element: Element16, arch: str) -> None:
+    key = KernelKey.of("block_sparse", SparseProblem(*heads, element).constants, arch)
+    assert KernelCache().cubin(key)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"])
+def test_expand_blocks_compiles(fmt: str, arch: str) -> None:
+    expansion = Expansion(BlockLayout(parse_format(fmt, 128, "bfloat16"), 8, 128), "bfloat16")
+    assert KernelCache().cubin(expansion.key(arch))[:4] == b"\x7fELF"
+
+
+def row_keys(element: Element16, arch: str) -> list[KernelKey]:
+    """The kernels that work on rows, in every variant."""
+    appends = [("none", 128, 128, False), ("int8-g64", 128, 128, True), ("int4-g32", 96, 32, False),
+               ("int8-g32", 256, 256, True), ("int4-g64", 64, 64, False)]  # fmt: skip
+    return [
+        embed_key(element, arch),
+        *[gate_key(activation, element, arch) for activation in ACTIVATIONS],
+        *[move_key(scatter, arch) for scatter in (False, True)],
+        *[convert_key(kind, element, arch) for kind in range(4)],
+        *[
+            NormShape(width, residual, add, element).key(arch)
+            for width, residual, add in ((4096, True, True), (576, True, False), (2560, False, False))
+        ],
+        *[
+            AppendShape(
+                BlockLayout(parse_format(fmt, dim, element), 8, dim), 32, rotated, norms, element, passes
+            ).key(arch)
+            for fmt, dim, rotated, norms in appends
+            for passes in (1, MANY_PASSES)
+        ],
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+def test_row_kernels_compile(element: Element16, arch: str) -> None:
+    for key in row_keys(element, arch):
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+
+
 def test_every_source_is_tested() -> None:
-    assert {path.stem for path in SOURCES.glob("*.cu")} == {"decode_attention", "decode_plan"}
+    assert {path.stem for path in SOURCES.glob("*.cu")} == {
+        "block_sparse",
+        "decode_attention",
+        "decode_plan",
+        "expand_blocks",
+        *(key.source for key in row_keys("float16", "sm_80")),
+    }
 
 
 def test_cubins_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,224 @@
+"""Products of activations with weights: which of cuBLASLt's algorithms, measured once and remembered."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrelay_kernels.cuda.cublas_lt import Algorithm, CublasLt, Product, ProductShape
+from kvrelay_kernels.errors import FormatUnsupported, KernelError
+from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, TensorKey
+from kvrelay_kernels.quant.formats import Element
+
+WORKSPACE_BYTES = 32 << 20
+CANDIDATES = 8
+"""Algorithms that are tried; the library offers no more."""
+REPEATS = 5
+LARGE = 1024
+"""Rows from which on a card runs into its power limit: there a product is timed at full load. On an H200 the
+fastest algorithm of a few runs was up to 10% slower than the best when it ran on and on."""
+LOADED_MILLISECONDS = 20.0
+FLUSH_BYTES = 256 << 20
+"""Written between short products, so that their weights come from memory as they do in a model."""
+SMALLEST_BUCKET, LARGEST_BUCKET = 16, 16384
+PROOF_ROWS = 128
+"""Rows of random numbers on which an algorithm has to give the bits of the first one."""
+KEPT = 1024
+
+
+@dataclass(frozen=True)
+class CudaLinear:
+    """A matrix on the device: `weight` `[n, k]` and `bias` `[n]`, 16-bit elements seen as uint16."""
+
+    weight: Any
+    bias: Any
+
+    @property
+    def n(self) -> int:
+        """Rows of the matrix: columns of a product with it."""
+        return int(self.weight.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Columns of the matrix."""
+        return int(self.weight.shape[1])
+
+    def check_rows(self, rows: NDArray[np.int32]) -> None:
+        """Raises IndexError for a row outside the matrix, which the device would read without a word."""
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.n:
+            raise IndexError(f"rows must lie in 0..{self.n - 1}")
+
+
+def row_bucket(rows: int) -> int:
+    """The number of rows for which the algorithm of `rows` rows is chosen: the next power of two."""
+    return min(max(SMALLEST_BUCKET, 1 << (rows - 1).bit_length()), LARGEST_BUCKET)
+
+
+class Products:
+    """`x @ weight.T (+ bias)`, sums in float32, on one stream at a time.
+
+    The bits of a row do not depend on how many rows a product has: no algorithm cuts a sum into parts, and
+    one is taken only if it gives the same bits as all others on random numbers. So a prompt's activations are
+    the same in whichever chunks it is read.
+    """
+
+    def __init__(self, element: Element, plans: PlanStore, device: DeviceClass) -> None:
+        """Raises BackendUnavailable where cuBLASLt is missing."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        self._element: Element = element
+        self._device = device
+        self._lt = CublasLt()
+        self._workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
+        self._plans: PlanCache[Algorithm] = PlanCache(plans, KEPT)
+        self._products: dict[ProductShape, Product] = {}
+        self._chosen: dict[tuple[ProductShape, int], Algorithm] = {}
+        self._expected = 0, 0
+
+    @property
+    def counts(self) -> PlanCounts:
+        """How the choices were come by."""
+        return self._plans.counts
+
+    def __call__(self, x: Any, linear: CudaLinear, out: Any) -> None:
+        """Write the product of `x` `[m, k]` to `out` `[m, n]`: uint16 for elements, or float32."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        product = self._product(linear, out)
+        algorithm = self._choice(product, linear, row_bucket(len(x)))
+        bias = 0 if linear.bias is None else linear.bias.data.ptr
+        product.run(
+            algorithm, x.data.ptr, linear.weight.data.ptr, bias, out.data.ptr, len(x),
+            self._workspace, cupy.cuda.get_current_stream().ptr,
+        )  # fmt: skip
+
+    def expect(self, rows: int, logit_rows: int) -> None:
+        """Have the algorithms of a shape, when it is first met, chosen for up to so many rows at once."""
+        self._expected = rows, logit_rows
+
+    def _product(self, linear: CudaLinear, out: Any) -> Product:
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        element: Element = "float32" if out.dtype == np.float32 else self._element
+        shape = ProductShape(linear.n, linear.k, self._element, element, linear.bias is not None)
+        if shape not in self._products:
+            self._products[shape] = Product(self._lt, shape, WORKSPACE_BYTES)
+            most = self._expected[element == "float32"]
+            bucket = SMALLEST_BUCKET
+            while most and bucket <= row_bucket(most):
+                self._choice(self._products[shape], linear, bucket)
+                bucket *= 2
+            cupy.get_default_memory_pool().free_all_blocks()
+        return self._products[shape]
+
+    def _choice(self, product: Product, linear: CudaLinear, bucket: int) -> Algorithm:
+        key = product.shape, bucket
+        if key not in self._chosen:
+            plan = self._plans.get(
+                self._key(product.shape, bucket), lambda: self._measure(product, linear, bucket), bytes, _load
+            )
+            self._chosen[key] = plan.value
+        return self._chosen[key]
+
+    def _key(self, shape: ProductShape, bucket: int) -> GraphKey:
+        tensors = (
+            TensorKey("x", shape.element, (bucket, shape.k), (shape.k, 1)),
+            TensorKey("weight", shape.element, (shape.n, shape.k), (shape.k, 1)),
+            TensorKey("out", shape.out, (bucket, shape.n), (shape.n, 1)),
+        )
+        return GraphKey.of(
+            "gemm",
+            self._device,
+            tensors=tensors,
+            attributes={"bias": shape.bias, "workspace": WORKSPACE_BYTES},
+            libraries={"cublas_lt": str(self._lt.version)},
+        )
+
+    def _measure(self, product: Product, linear: CudaLinear, bucket: int) -> Algorithm:
+        """The fastest algorithm for a bucket of rows among those that sum alike."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        shape = product.shape
+        rows = max(bucket, PROOF_ROWS)
+        x = self._random_rows(rows, shape.k)
+        out = cupy.empty((rows, shape.n), np.float32 if shape.out == "float32" else np.uint16)
+        stream = cupy.cuda.get_current_stream()
+        bias = 0 if linear.bias is None else linear.bias.data.ptr
+
+        def run(algorithm: Algorithm, m: int) -> None:
+            product.run(
+                algorithm, x.data.ptr, linear.weight.data.ptr, bias, out.data.ptr, m,
+                self._workspace, stream.ptr,
+            )  # fmt: skip
+
+        first = product.candidates(LARGEST_BUCKET, 1)
+        if not first:
+            raise FormatUnsupported(f"cuBLASLt has no way to compute {shape}")
+        run(first[0], PROOF_ROWS)
+        proof = out[:PROOF_ROWS].view(np.uint16).get()
+        best, least = first[0], float("inf")
+        for algorithm in [*first, *product.candidates(bucket, CANDIDATES)]:
+            try:
+                run(algorithm, PROOF_ROWS)
+                if not np.array_equal(out[:PROOF_ROWS].view(np.uint16).get(), proof):
+                    continue
+                run(algorithm, bucket)
+            except KernelError:
+                continue  # the library offers some that it then refuses
+            time = under_load if bucket >= LARGE else from_memory
+            taken = time(lambda algorithm=algorithm: run(algorithm, bucket), stream)
+            if taken < least:
+                best, least = algorithm, taken
+        return best
+
+    def _random_rows(self, rows: int, k: int) -> Any:
+        """Standard normal elements `[rows, k]`, every `PROOF_ROWS`-th row the same."""
+        import cupy  # pyright: ignore[reportMissingImports]
+        import ml_dtypes
+
+        kind: Any = np.float16 if self._element == "float16" else ml_dtypes.bfloat16
+        drawn = np.random.default_rng(k).standard_normal((PROOF_ROWS, k), np.float32).astype(kind)
+        part = cupy.asarray(drawn.view(np.uint16))
+        whole = cupy.empty((rows, k), np.uint16)
+        for start in range(0, rows, PROOF_ROWS):
+            whole[start : start + PROOF_ROWS] = part[: rows - start]
+        return whole
+
+
+def under_load(work: Callable[[], None], stream: Any) -> float:
+    """Milliseconds of `work` when it is done again and again."""
+    once = _elapsed(work, 1, stream)
+    times = max(REPEATS, int(LOADED_MILLISECONDS / once))
+    _elapsed(work, times, stream)
+    return _elapsed(work, times, stream)
+
+
+def from_memory(work: Callable[[], None], stream: Any) -> float:
+    """Milliseconds of `work`, the median of several runs that find nothing in the cache."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    other = cupy.empty(FLUSH_BYTES, np.uint8)
+    times: list[float] = []
+    for _ in range(REPEATS):
+        other.data.memset_async(0, FLUSH_BYTES, stream)
+        times.append(_elapsed(work, 1, stream))
+    return median(times)
+
+
+def _elapsed(work: Callable[[], None], times: int, stream: Any) -> float:
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    begin.record(stream)
+    for _ in range(times):
+        work()
+    end.record(stream)
+    end.synchronize()
+    return cupy.cuda.get_elapsed_time(begin, end) / times
+
+
+def _load(data: bytes) -> Algorithm:
+    return Algorithm.from_buffer_copy(data)

@@ -1,0 +1,85 @@
+// What one compiled block-sparse kernel is fixed to (macros come from the launcher), and what follows from that.
+#pragma once
+#include "warpgroup.cuh"
+
+constexpr int head_dim = HEAD_DIM;  // 64, 96, 128 or 256
+constexpr int heads = HEADS;
+constexpr int kv_heads = KV_HEADS;
+constexpr bool bfloat = BFLOAT;  // of all elements; otherwise float16
+
+constexpr int mask_tile = 128;   // queries and keys of a tile of the mask
+constexpr int block_tokens = 64;
+constexpr int no_block = -1;     // lies outside of the cache: the copy engine writes zeros
+
+constexpr int step = head_dim > 128 ? 64 : 128;  // keys of one step
+constexpr int steps_per_tile = mask_tile / step;
+constexpr int stages = head_dim > 64 ? 2 : 4;    // steps of K, and of V, in shared memory
+constexpr int slots = head_dim > 128 ? 1 : 2;    // query tiles in shared memory
+constexpr int multipliers = 2;                   // warpgroups of 64 query rows
+constexpr int columns = head_dim > 128 ? 128 : head_dim;  // of the output in one product
+constexpr int outputs = head_dim / columns;
+
+// In shared memory a matrix is cut into panels of 64 columns: rows of 128 bytes, swizzled.
+constexpr int panels = (head_dim + 63) / 64;
+constexpr int query_panel = mask_tile * 128;
+constexpr int key_panel = step * 128;
+constexpr int query_bytes = panels * query_panel;
+constexpr int key_bytes = panels * key_panel;
+constexpr int unit = 8 * 128;  // eight rows of a panel
+
+constexpr int keys_at = slots * query_bytes;
+constexpr int values_at = keys_at + stages * key_bytes;
+constexpr int control_at = values_at + stages * key_bytes;
+
+// A query tile of one sequence, which all heads share.
+struct __align__(16) Item {
+    int row, rows;       // in the step's queries
+    int position;        // of the first row in its sequence
+    int table;           // where its sequence's blocks begin in the tables
+    int first, tiles;    // of its list of key tiles, the last key first
+    int prefix, length;  // keys that every row sees up to its own; keys of the sequence
+};
+
+// An entry of the list: tile of 128 keys * 2 + whether some of it is masked.
+struct Entry {
+    int value;
+    DEVICE int tile() const { return value >> 1; }
+    DEVICE bool partial() const { return value & 1; }
+};
+
+struct Arguments {
+    const u16* q;       // [rows, heads, head_dim]
+    u16* out;           // as q
+    const void* k_map;  // of [blocks, kv_heads, 64, head_dim], for the copy engine
+    const void* v_map;
+    const int* tables;
+    const Item* items;  // the longest first
+    const int* list;
+    const int* low;     // [rows]: the first key that a row sees behind the prefix
+    u32* counter;       // work taken so far; zero between launches
+    int count;          // of items
+    int first_block;    // of this layer in the maps
+    float scale_log2;
+};
+
+// What the roles tell each other.
+struct Control {
+    u64 k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
+    u64 item_known[slots], q_full[slots], slot_empty[slots];
+    int entries[stages];  // of the K stages
+    Item items[slots];    // tiles < 0: there is no more work
+    int heads[slots];
+    int low[slots][mask_tile];
+};
+constexpr int control_bytes = 2048;
+static_assert(sizeof(Control) <= control_bytes, "the launcher asks for less shared memory than that");
+
+// A place in a ring and how often it came round.
+template <int size>
+struct Turn {
+    int at = 0;
+    u32 phase = 0;
+    DEVICE void next() {
+        if (++at == size) at = 0, phase ^= 1;
+    }
+};
