@@ -83,8 +83,29 @@ def kv_quality(result: Result) -> str:
     return f"{_table(head, lines)}\n\n{note}"
 
 
+def prefill_model(result: Result) -> str:
+    """Prompt rates of whole models on a GPU, by cache format."""
+    cases = {"2048": "prompt of 2048", "16384": "prompt of 16384", "eight": "eight of 256 to 4096 together"}
+    lines: list[list[str]] = []
+    for run in (run for run in result["runs"] if not run["cold"]):
+        rates = {(row["case"], row["format"]): row["tokens_per_second"] for row in run["rows"]}
+        lines += [
+            [run["model"], what, f"{rates[case, 'int8']:.0f}", f"{rates[case, 'none']:.0f}"]
+            for case, what in cases.items()
+        ]
+    ready = {run["cold"]: run["ready_seconds"] for run in result["runs"] if run["model"] == "llama-8b"}
+    note = (
+        f"{result['gpu']}, bfloat16, random weights in the models' shapes. The first model is ready "
+        f"{ready[True]:.0f} s after its start where no plan was ever compiled, {ready[False]:.1f} s where "
+        f"all were."
+    )
+    head = ["model", "", "tok/s, KV `int8`", "tok/s, KV `none`"]
+    return f"{_table(head, lines)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "cpu-serving": ("cpu-2core/cpu_serving.json", cpu_serving),
+    "prefill-model": ("h200/prefill_model.json", prefill_model),
     "kv-quality": ("cpu-2core/kv_quality.json", kv_quality),
 }
 """Each table's result, below the folder of results, and what makes it."""
