@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import asdict
 
 import grpc.aio
 
@@ -18,6 +19,7 @@ from kvrelay.v1.worker_pb2 import (
     WORKER_STATE_DRAINING,
     WORKER_STATE_READY,
     GetWorkerStatusResponse,
+    PlanCounts,
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
@@ -94,6 +96,7 @@ class DecodeWorker:
             backend=engine.decoder.backend.name,
             requests=metrics.requests,
             pid=os.getpid(),
+            plans=PlanCounts(**asdict(engine.decoder.backend.plan_counts)),
         )
 
     async def _drain(self) -> None:

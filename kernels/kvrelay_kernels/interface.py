@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import AffineWeight, BlockLayout
 from kvrelay_kernels.quant.formats import Element
 
@@ -144,6 +145,11 @@ class Backend(Protocol):
     element: Element
     """What an unquantized cache holds on this backend."""
     counts: BlockCounts
+
+    @property
+    def plan_counts(self) -> PlanCounts:
+        """What became of the plans it wanted; nothing where it compiles none."""
+        ...
 
     def load_linear(
         self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None

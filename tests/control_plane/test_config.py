@@ -82,8 +82,8 @@ def test_the_rooms_are_told_what_was_set() -> None:
     )
     prefill = prefill_plan(config, "redis://here", dict).configure("prefill-0")
     decode = decode_plan(config, "redis://there", dict).configure("decode-0")
-    assert (prefill.worker_id, prefill.chunk_tokens, prefill.threads) == ("prefill-0", 96, 3)
-    assert (prefill.kv_format, decode.kv_format) == ("int4", "int4")
+    assert (prefill.worker_id, prefill.chunk_tokens, prefill.decoder.threads) == ("prefill-0", 96, 3)
+    assert (prefill.decoder.kv_format, decode.decoder.kv_format) == ("int4", "int4")
     assert (prefill.store, decode.transport, decode.slots) == ("redis://here", "redis://there", 5)
     assert gateway_config(config).max_queued == 7
 

@@ -235,7 +235,7 @@ def test_a_stride_is_in_elements_and_as_the_array_has_it() -> None:
 def test_padding_of_a_struct_does_not_enter() -> None:
     """The fault that this key excludes: two structs, alike but for what lies between their fields."""
     kind = np.dtype([("flag", "u1"), ("size", "<i8")], align=True)
-    structs = [np.frombuffer(bytes([fill]) * kind.itemsize, kind).copy() for fill in (0x00, 0xFF)]
+    structs = [np.frombuffer(bytearray([fill]) * kind.itemsize, kind) for fill in (0x00, 0xFF)]
     for struct in structs:
         struct["flag"], struct["size"] = 1, 2048
     assert structs[0].tobytes() != structs[1].tobytes()

@@ -31,6 +31,7 @@ from kvrelay_kernels.interface import (
     StepBatch,
     WeightMode,
 )
+from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 from kvrelay_kernels.quant.formats import Element
 
@@ -54,6 +55,7 @@ class CpuBackend:
         self._threads = Threads(threads)
         self._sink: Sink = AtOnce(self._threads)
         self._partials = Partials()
+        self.plan_counts = PlanCounts()
         self._tally = np.zeros(2, np.int64)
         self._scratch = np.empty(0, np.float32)
 

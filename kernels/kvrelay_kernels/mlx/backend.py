@@ -24,6 +24,7 @@ from kvrelay_kernels.interface import (
 from kvrelay_kernels.mlx.arena import TYPES, MlxArena
 from kvrelay_kernels.mlx.attention import attend
 from kvrelay_kernels.mlx.linear import MlxLinear, pack
+from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 from kvrelay_kernels.quant.formats import Element
 from kvrelay_kernels.quant.rotation import run_length
@@ -42,6 +43,7 @@ class MlxBackend:
     def __init__(self, threads: int = 1, element: Element | None = None) -> None:
         self.element: Element = element or ("bfloat16" if mx.metal.is_available() else "float32")
         self.counts = BlockCounts()
+        self.plan_counts = PlanCounts()
         self._type = TYPES[self.element]
 
     def load_linear(

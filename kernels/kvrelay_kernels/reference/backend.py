@@ -19,6 +19,7 @@ from kvrelay_kernels.interface import (
     StepBatch,
     WeightMode,
 )
+from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
 from kvrelay_kernels.quant.affine import dequantize, quantize
 from kvrelay_kernels.quant.formats import Element
@@ -85,6 +86,7 @@ class ReferenceBackend:
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
         self.counts = BlockCounts()
+        self.plan_counts = PlanCounts()
 
     def load_linear(
         self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None

@@ -1,6 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -32,7 +34,7 @@ class GetWorkerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatusResponse(_message.Message):
-    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests", "pid")
+    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests", "pid", "plans")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +58,7 @@ class GetWorkerStatusResponse(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    PLANS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     pool: Pool
     state: WorkerState
@@ -79,7 +82,39 @@ class GetWorkerStatusResponse(_message.Message):
     backend: str
     requests: int
     pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    plans: PlanCounts
+    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ..., pid: _Optional[int] = ..., plans: _Optional[_Union[PlanCounts, _Mapping]] = ...) -> None: ...
+
+class PlanCounts(_message.Message):
+    __slots__ = ("hits", "misses", "shared", "builds", "failures", "rejected", "rebuilt", "evictions", "build_seconds", "load_seconds")
+    class HitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    BUILDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    REBUILT_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    BUILD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    hits: _containers.ScalarMap[str, int]
+    misses: int
+    shared: int
+    builds: int
+    failures: int
+    rejected: int
+    rebuilt: int
+    evictions: int
+    build_seconds: float
+    load_seconds: float
+    def __init__(self, hits: _Optional[_Mapping[str, int]] = ..., misses: _Optional[int] = ..., shared: _Optional[int] = ..., builds: _Optional[int] = ..., failures: _Optional[int] = ..., rejected: _Optional[int] = ..., rebuilt: _Optional[int] = ..., evictions: _Optional[int] = ..., build_seconds: _Optional[float] = ..., load_seconds: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
