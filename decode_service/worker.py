@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from dataclasses import asdict
 
 import grpc.aio
 
@@ -96,7 +95,7 @@ class DecodeWorker:
             backend=engine.decoder.backend.name,
             requests=metrics.requests,
             pid=os.getpid(),
-            plans=PlanCounts(**asdict(engine.decoder.backend.plan_counts)),
+            plans=PlanCounts(**vars(engine.decoder.backend.plan_counts)),
         )
 
     async def _drain(self) -> None:
