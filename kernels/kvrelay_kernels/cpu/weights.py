@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
-from kvrelay_kernels.quant.weights import AffineWeight, concatenate, quantize_weight
+from kvrelay_kernels.quant.weights import MODE_BITS, AffineWeight, as_codes, concatenate
 
 CACHE_LINE = 64
-WEIGHT_GROUPS = (32, 64)
-MODE_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -83,18 +81,6 @@ def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint8], 
     return codes, affine.view(np.uint16) if fits else affine
 
 
-def _requantize(part: HostWeight, bits: int) -> AffineWeight:
-    if isinstance(part, AffineWeight) and part.bits == bits:
-        return part
-    values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
-    fitting = [group for group in WEIGHT_GROUPS if values.shape[1] % group == 0]
-    if not fitting:
-        raise FormatUnsupported(
-            f"{values.shape[1]} columns: no group of {WEIGHT_GROUPS} divides them; use mode float"
-        )
-    return quantize_weight(values, bits, fitting[0])
-
-
 def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None) -> PackedLinear:
     """Pack the parts, rows below each other. Parts of mixed kinds become float32 together.
 
@@ -102,7 +88,7 @@ def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any
         FormatUnsupported: codes of an unknown width, or columns that no group divides.
     """
     if mode in MODE_BITS:
-        parts = [_requantize(part, MODE_BITS[mode]) for part in parts]
+        parts = [as_codes(part, MODE_BITS[mode]) for part in parts]
     coded = [part for part in parts if isinstance(part, AffineWeight)]
     columns = parts[0].shape[1]
     rows = sum(part.shape[0] for part in parts)

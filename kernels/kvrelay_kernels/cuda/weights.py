@@ -13,12 +13,10 @@ from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.formats import Element
-from kvrelay_kernels.quant.weights import quantize_weight
+from kvrelay_kernels.quant.weights import MODE_BITS, as_codes
 
 ALIGNED = 8
 """Columns of a matrix are a multiple of it: 16 bytes."""
-MODE_BITS = {"int8": 8, "int4": 4}
-WEIGHT_GROUPS = (32, 64)
 THREADS = 256
 _SOURCES: dict[Any, int] = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _CODES = 3
@@ -50,7 +48,7 @@ class WeightLoader:
         weight = cupy.empty((n, k), np.uint16)
         row = 0
         for part in parts:
-            source = _requantize(part, MODE_BITS[mode]) if mode in MODE_BITS else part
+            source = as_codes(part, MODE_BITS[mode]) if mode in MODE_BITS else part
             self._put(source, weight[row : row + part.shape[0]])
             row += part.shape[0]
         offsets = None
@@ -91,16 +89,3 @@ class WeightLoader:
 def convert_key(kind: int, element: Element, arch: str) -> KernelKey:
     """The kernel that turns one kind of source into elements."""
     return KernelKey.of("convert", {"SOURCE": kind, "BFLOAT": element == "bfloat16"}, arch)
-
-
-def _requantize(part: HostWeight, bits: int) -> AffineWeight:
-    """The codes that a weight mode asks for, as the reference rounds them."""
-    if isinstance(part, AffineWeight) and part.bits == bits:
-        return part
-    values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
-    fitting = [group for group in WEIGHT_GROUPS if values.shape[1] % group == 0]
-    if not fitting:
-        raise FormatUnsupported(
-            f"{values.shape[1]} columns: no group of {WEIGHT_GROUPS} divides them; use mode float"
-        )
-    return quantize_weight(values, bits, fitting[0])

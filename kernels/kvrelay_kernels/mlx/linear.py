@@ -8,15 +8,13 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.affine import pack_codes
-from kvrelay_kernels.quant.weights import concatenate, quantize_weight
+from kvrelay_kernels.quant.weights import MODE_BITS, as_codes, concatenate
 
-GROUPS = (64, 32)
-"""Groups that MLX multiplies with, the larger first: fewer scales to read."""
-MODE_BITS = {"int8": 8, "int4": 4}
+GROUPS, BITS = (32, 64), (4, 8)
+"""Of codes that MLX multiplies with."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +87,12 @@ def pack(
 
 
 def _affine(parts: Sequence[HostWeight], mode: WeightMode) -> AffineWeight | None:
-    """The parts as one matrix of codes; None where they are to be floats."""
-    if mode == "float":
+    """The parts as one matrix of codes; None where they are to be floats, or MLX has no such groups."""
+    if mode in MODE_BITS:
+        coded = [as_codes(part, MODE_BITS[mode]) for part in parts]
+    else:
+        coded = [part for part in parts if isinstance(part, AffineWeight)]
+    if mode == "float" or len(coded) < len(parts):
         return None
-    coded = [part for part in parts if isinstance(part, AffineWeight)]
-    fits = len(coded) == len(parts) and all(part.group in GROUPS and part.bits in (4, 8) for part in coded)
-    if mode == "auto":
-        return concatenate(coded) if fits else None
-    bits = MODE_BITS[mode]
-    if fits and all(part.bits <= bits for part in coded):
-        return concatenate(coded)
-    dense = [
-        part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
-        for part in parts
-    ]
-    columns = dense[0].shape[1]
-    group = next((group for group in GROUPS if columns % group == 0), None)
-    if group is None:
-        raise FormatUnsupported(f"{mode} weights: no group of {GROUPS} divides {columns} columns")
-    return quantize_weight(np.concatenate(dense), bits, group)
+    whole = concatenate(coded)
+    return whole if whole.group in GROUPS and whole.bits in BITS else None

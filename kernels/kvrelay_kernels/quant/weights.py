@@ -1,9 +1,16 @@
 """Weights in affine form: what GGUF's block types become, losslessly, and floats are rounded to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvrelay_kernels.errors import FormatUnsupported
+
+WEIGHT_GROUPS = (32, 64)
+MODE_BITS = {"int8": 8, "int4": 4}
+"""The weight modes that round, whatever the file has."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,20 @@ def quantize_weight(values: NDArray[np.float32], bits: int, group: int) -> Affin
     divisor = np.where(scales == 0, np.float32(1), scales)[..., None]
     codes = np.clip(np.rint((groups - low[..., None]) / divisor), 0, 2**bits - 1).astype(np.uint8)
     return AffineWeight(codes.reshape(rows, columns), scales, low.astype(np.float32), bits)
+
+
+def as_codes(part: NDArray[Any] | AffineWeight, bits: int) -> AffineWeight:
+    """A weight in codes of `bits`: as it is where it has them, else rounded in the finest group that fits.
+
+    Raises:
+        FormatUnsupported: no group divides its columns.
+    """
+    if isinstance(part, AffineWeight) and part.bits == bits:
+        return part
+    values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
+    fitting = [group for group in WEIGHT_GROUPS if values.shape[1] % group == 0]
+    if not fitting:
+        raise FormatUnsupported(
+            f"{values.shape[1]} columns: no group of {WEIGHT_GROUPS} divides them; use mode float"
+        )
+    return quantize_weight(values, bits, fitting[0])

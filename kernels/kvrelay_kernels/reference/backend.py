@@ -24,11 +24,10 @@ from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
 from kvrelay_kernels.quant.affine import dequantize, quantize
 from kvrelay_kernels.quant.formats import Element
 from kvrelay_kernels.quant.rotation import rotate
-from kvrelay_kernels.quant.weights import quantize_weight
+from kvrelay_kernels.quant.weights import MODE_BITS, as_codes
 
 Doubles = NDArray[np.float64]
 Matrix = tuple[Doubles, Doubles | None]
-MODE_BITS = {"int8": 8, "int4": 4}
 NAMES = ("codes", "scales", "biases")
 
 
@@ -94,11 +93,10 @@ class ReferenceBackend:
         """The float64 matrix, after the rounding that `mode` asks for."""
         matrices = []
         for part in parts:
-            bits = MODE_BITS.get(mode)
-            if bits and not (isinstance(part, AffineWeight) and part.bits == bits):
-                values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
-                part = quantize_weight(values, bits, next(g for g in (32, 64) if values.shape[1] % g == 0))  # noqa: PLW2901
-            matrices.append(part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part))
+            rounded = as_codes(part, MODE_BITS[mode]) if mode in MODE_BITS else part
+            matrices.append(
+                rounded.dequantize() if isinstance(rounded, AffineWeight) else np.asarray(rounded)
+            )
         whole = np.concatenate([np.asarray(matrix, np.float64) for matrix in matrices])
         return whole, None if bias is None else np.asarray(bias, np.float64)
 
