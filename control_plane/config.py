@@ -100,6 +100,9 @@ class TransportSettings(Group):
     """`grpc`; `redis`, which starts a server of its own; or the URI of a Redis-protocol server."""
     share_prefixes: bool = False
     """Keep prefix blocks in the Redis server too, so that every prefill worker finds them."""
+    share_plans: bool = True
+    """Keep compiled plans in the Redis server too, so that a new worker starts warm. Plans hold machine code:
+    whoever writes to that server decides what the workers' GPUs run."""
 
 
 class RaySettings(Group):

@@ -22,14 +22,16 @@ def gateway_config(config: KvrelayConfig) -> GatewayConfig:
     return GatewayConfig(**config.gateway.model_dump())
 
 
-def prefill_plan(config: KvrelayConfig, store: str | None, resources: Resources) -> PoolPlan:
-    """The prefill pool's part; `store` is the URI of the server that prefixes are shared through."""
+def prefill_plan(
+    config: KvrelayConfig, store: str | None, resources: Resources, plan_server: str | None = None
+) -> PoolPlan:
+    """The prefill pool's part; prefixes are shared through the server at `store`, plans at `plan_server`."""
     settings = config.prefill
 
     def configure(worker_id: str) -> PrefillConfig:
         return PrefillConfig(
             worker_id=worker_id,
-            decoder=decoder_options(config, settings),
+            decoder=decoder_options(config, settings, plan_server),
             chunk_tokens=settings.chunk_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
@@ -50,14 +52,16 @@ def prefill_plan(config: KvrelayConfig, store: str | None, resources: Resources)
     )
 
 
-def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> PoolPlan:
+def decode_plan(
+    config: KvrelayConfig, transport: str, resources: Resources, plan_server: str | None = None
+) -> PoolPlan:
     """The decode pool's part; `transport` is `grpc` or the URI that blocks come through."""
     settings = config.decode
 
     def configure(worker_id: str) -> DecodeConfig:
         return DecodeConfig(
             worker_id=worker_id,
-            decoder=decoder_options(config, settings),
+            decoder=decoder_options(config, settings, plan_server),
             slots=settings.slots,
             max_waiting=settings.max_waiting,
             cache_tokens=settings.cache_tokens,
@@ -80,7 +84,9 @@ def decode_plan(config: KvrelayConfig, transport: str, resources: Resources) -> 
     )
 
 
-def decoder_options(config: KvrelayConfig, settings: WorkerSettings) -> DecoderOptions:
+def decoder_options(
+    config: KvrelayConfig, settings: WorkerSettings, plan_server: str | None
+) -> DecoderOptions:
     """What workers are told of the model; paths in full, since their folder may be another one."""
     model = config.model
     return DecoderOptions(
@@ -90,6 +96,7 @@ def decoder_options(config: KvrelayConfig, settings: WorkerSettings) -> DecoderO
         weights=model.weights,
         kv_format=model.kv_format,
         plan_cache=settings.plan_cache and settings.plan_cache.expanduser().absolute(),
+        plan_server=plan_server,
     )
 
 

@@ -89,10 +89,12 @@ class System:
         config = self._config
         settings = gateway_config(config)
         directory = WorkerDirectory(settings.poll_seconds, settings.lost_seconds)
-        store = transport if config.transport.share_prefixes and transport != "grpc" else None
+        server = transport if transport != "grpc" else None
+        store = server if config.transport.share_prefixes else None
+        shared = server if config.transport.share_plans else None
         plans = (
-            prefill_plan(config, store, partial(cluster.resources_for, "prefill")),
-            decode_plan(config, transport, partial(cluster.resources_for, "decode")),
+            prefill_plan(config, store, partial(cluster.resources_for, "prefill"), shared),
+            decode_plan(config, transport, partial(cluster.resources_for, "decode"), shared),
         )
         times = SeatTimes(start=config.ray.start_seconds, silent=config.ray.silent_seconds)
         pools = {plan.name: WorkerPool(plan, directory, self._tell, times) for plan in plans}

@@ -8,8 +8,10 @@ import grpc.aio
 from decode_service.config import DecodeConfig
 from decode_service.engine import DecodeEngine
 from decode_service.servicer import DecodeServicer
+from kv_transfer.blob_store import RedisBlobs
 from kv_transfer.grpc_channel import transfer_handler
 from kv_transfer.redis_channel import RedisReceiver
+from kv_transfer.redis_store import connect
 from kvrelay.errors import BadSetup
 from kvrelay.rpc import ServerThread
 from kvrelay.v1 import decode_pb2_grpc
@@ -22,6 +24,7 @@ from kvrelay.v1.worker_pb2 import (
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.plans import Tier
 from model_runtime.opening import Activity, open_decoder
 
 
@@ -43,7 +46,9 @@ class DecodeWorker:
         TransportLost: the Redis server of its transport cannot be reached.
         """
         config = self.config
-        decoder = open_decoder(config.decoder, self._activity)
+        server = config.decoder.plan_server
+        shared = [Tier("redis", RedisBlobs(connect(server)))] if server is not None else []
+        decoder = open_decoder(config.decoder, self._activity, shared)
         try:
             self._engine = engine = DecodeEngine(config, decoder)
         except (FormatUnsupported, MemoryError) as error:

@@ -1,10 +1,11 @@
 """From a model's name to a decoder that is ready to take steps, telling what happens meanwhile."""
 
+from collections.abc import Sequence
 from typing import cast
 
 from kvrelay.errors import BadSetup
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
-from kvrelay_kernels.plans import default_plan_folder, open_plans
+from kvrelay_kernels.plans import Tier, default_plan_folder, open_plans
 from kvrelay_kernels.registry import BackendName, load_backend
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
@@ -24,8 +25,10 @@ class Activity:
         self.text = f"{what} {100 * done // total}%" if total else what
 
 
-def open_decoder(options: DecoderOptions, progress: Progress) -> Decoder:
+def open_decoder(options: DecoderOptions, progress: Progress, shared_plans: Sequence[Tier] = ()) -> Decoder:
     """Find (or fetch) a model, and pack its weights on a backend, which keeps what it compiles in a folder.
+
+    `shared_plans` are stores beyond the folder, of which the caller knows how to reach them.
 
     Raises:
         BadSetup: the backend is unknown, not usable here, or cannot run this model.
@@ -33,7 +36,7 @@ def open_decoder(options: DecoderOptions, progress: Progress) -> Decoder:
     """
     cache = default_cache_dir()
     checkpoint = load_model(resolve(options.model, cache, progress), cache)
-    plans = open_plans(options.plan_cache or default_plan_folder())
+    plans = open_plans(options.plan_cache or default_plan_folder(), shared_plans)
     try:
         backend = load_backend(cast(BackendName, options.backend), threads=options.threads, plans=plans)
         return Decoder(checkpoint, backend, options.weights, progress=progress)

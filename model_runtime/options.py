@@ -18,3 +18,5 @@ class DecoderOptions:
     kv_format: str = "int8"
     plan_cache: Path | None = None
     """Folder of compiled plans, which the workers of a machine share; None: `~/.cache/kvrelay/plans`."""
+    plan_server: str | None = None
+    """URI of a Redis-protocol server through which all machines share them; None: none does."""

@@ -5,6 +5,7 @@ import os
 
 import grpc.aio
 
+from kv_transfer.blob_store import RedisBlobs
 from kv_transfer.channel import Channels
 from kv_transfer.redis_store import RedisBlockStore, connect
 from kv_transfer.transports import default_transports
@@ -20,6 +21,7 @@ from kvrelay.v1.worker_pb2 import (
 )
 from kvrelay.worker import WorkerServicer, add_worker_services
 from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.plans import Tier
 from model_runtime.opening import Activity, open_decoder
 from prefill_service.config import PrefillConfig
 from prefill_service.engine import PrefillEngine
@@ -43,7 +45,9 @@ class PrefillWorker:
             BadSetup, BadModel: the worker cannot run; the message says why.
         """
         config = self.config
-        decoder = open_decoder(config.decoder, self._activity)
+        server = config.decoder.plan_server
+        shared = [Tier("redis", RedisBlobs(connect(server)))] if server is not None else []
+        decoder = open_decoder(config.decoder, self._activity, shared)
         try:
             self._engine = engine = PrefillEngine(config, decoder)
             if config.store is not None:

@@ -34,3 +34,13 @@ def test_the_environment_may_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KVRELAY_PREFILL__PLAN_CACHE", str(tmp_path))
     assert load().prefill.plan_cache == tmp_path
     assert load().decode.plan_cache is None
+
+
+def test_the_server_of_blocks_holds_plans_too_unless_told_otherwise() -> None:
+    config = load()
+    for plan in (
+        prefill_plan(config, None, dict, "redis://there"),
+        decode_plan(config, "x", dict, "redis://there"),
+    ):
+        assert plan.configure("w").decoder.plan_server == "redis://there"
+    assert decode_plan(config, "redis://there", dict).configure("d").decoder.plan_server is None
