@@ -60,7 +60,8 @@ class WorkerSettings(Group):
 class PrefillSettings(WorkerSettings):
     """The prefill pool."""
 
-    chunk_tokens: Positive = 512
+    chunk_tokens: Positive | None = None
+    """Rows of a step; None: as many as fill the workers' device."""
     max_running: Positive = 8
     cache_tokens: Positive = 32768
 

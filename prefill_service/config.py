@@ -13,8 +13,8 @@ class PrefillConfig:
     decoder: DecoderOptions
     host: str = "127.0.0.1"
     """Address that the worker binds and that others reach it at."""
-    chunk_tokens: int = 512
-    """Rows of one step, over all prompts together."""
+    chunk_tokens: int | None = None
+    """Rows of one step, over all prompts together; None: as many as fill the backend's device."""
     max_running: int = 8
     """Prompts that share steps."""
     max_waiting: int = 256

@@ -47,6 +47,7 @@ class PrefillEngine(StepLoop):
         super().__init__("prefill-engine", POLL_SECONDS)
         self.config = config
         self.decoder = decoder
+        self.chunk_tokens = config.chunk_tokens or decoder.backend.chunk_tokens
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
         self.arena = decoder.new_arena(self.pool.capacity, config.decoder.kv_format)
         self.codec = BlockCodec(decoder.config.fingerprint64, self.arena.layout, self.arena.layers)
@@ -115,7 +116,7 @@ class PrefillEngine(StepLoop):
         self._finish_handovers()
         self._drop_ended()
         self._admit()
-        chunks = schedule(self._running, self.config.chunk_tokens)
+        chunks = schedule(self._running, self.chunk_tokens)
         if chunks:
             self._compute(chunks)
 

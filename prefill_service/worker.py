@@ -54,7 +54,7 @@ class PrefillWorker:
                 engine.store = RedisBlockStore(connect(config.store), engine.codec)
         except (FormatUnsupported, MemoryError) as error:
             raise BadSetup(str(error)) from error
-        decoder.warm(engine.arena, config.chunk_tokens, 1, self._activity)
+        decoder.warm(engine.arena, engine.chunk_tokens, 1, self._activity)
         self._channels = channels = Channels(engine.codec, default_transports())
         engine.start()
 

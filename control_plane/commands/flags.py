@@ -57,7 +57,12 @@ SYSTEM = (
         "Compute threads of a worker; default: all cores.",
         ("prefill.threads", "decode.threads"),
     ),
-    Flag("chunk", int, "Prompt tokens of one prefill step.", ("prefill.chunk_tokens",)),
+    Flag(
+        "chunk",
+        int,
+        "Prompt tokens of a prefill step; default: a device full.",
+        ("prefill.chunk_tokens",),
+    ),
     Flag("slots", int, "Sequences that share a decode step.", ("decode.slots",)),
     Flag(
         "transport",

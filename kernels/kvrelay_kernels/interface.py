@@ -145,6 +145,8 @@ class Backend(Protocol):
     element: Element
     """What an unquantized cache holds on this backend."""
     counts: BlockCounts
+    chunk_tokens: int
+    """Rows of a prompt that fill the device: larger steps gain little."""
 
     @property
     def plan_counts(self) -> PlanCounts:

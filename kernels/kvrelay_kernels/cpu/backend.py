@@ -50,6 +50,7 @@ class CpuBackend:
 
     name = "cpu"
     element: Element = "float32"
+    chunk_tokens = 512
 
     def __init__(self, threads: int) -> None:
         self._threads = Threads(threads)

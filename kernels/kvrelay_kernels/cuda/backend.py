@@ -45,6 +45,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    chunk_tokens = 8192
 
     def __init__(
         self, threads: int = 1, element: Element16 = "float16", plans: PlanStore | None = None

@@ -39,6 +39,7 @@ class MlxBackend:
     """
 
     name = "mlx"
+    chunk_tokens = 512
 
     def __init__(self, threads: int = 1, element: Element | None = None) -> None:
         self.element: Element = element or ("bfloat16" if mx.metal.is_available() else "float32")

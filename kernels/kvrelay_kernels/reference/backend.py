@@ -81,6 +81,7 @@ class ReferenceBackend:
 
     name = "reference"
     element: Element = "float32"
+    chunk_tokens = 512
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
