@@ -1,5 +1,6 @@
 """InferenceService over the intake."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from kvrelay.v1 import inference_pb2 as pb
 SERVICE = "kvrelay.v1.InferenceService"
 
 M = TypeVar("M", bound=Message)
-Context = "grpc.aio.ServicerContext[Any, Any]"
+SETTLE_SECONDS = 0.5
 
 
 def reader(kind: type[M]) -> Callable[[bytes], M | InvalidArgument]:
@@ -39,6 +40,27 @@ def well_formed(request: M | InvalidArgument) -> M:
     if isinstance(request, InvalidArgument):
         raise request
     return request
+
+
+class Writer:
+    """Writes a call's messages; what has begun is ended before the call gets its status.
+
+    gRPC takes no status beside a message on its way, and whoever cancels the call may cancel a write.
+    """
+
+    def __init__(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        self._context = context
+        self._writing: asyncio.Future[None] | None = None
+
+    async def write(self, message: Message) -> None:
+        """Returns when the client can take the next one."""
+        self._writing = asyncio.ensure_future(self._context.write(message))
+        await asyncio.shield(self._writing)
+
+    async def settle(self) -> None:
+        """Wait for a write in flight, but not for a client that takes no more."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait((self._writing,), timeout=SETTLE_SECONDS)
 
 
 class InferenceServicer:
@@ -66,8 +88,12 @@ class InferenceServicer:
         self, request: pb.GenerateRequest | InvalidArgument, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> None:
         """Answer a prompt; gRPC cancels this when the client drops the stream."""
+        writer = Writer(context)
         async with statuses(context):
-            await self._intake.generate(well_formed(request), context.write)
+            try:
+                await self._intake.generate(well_formed(request), writer.write)
+            finally:
+                await writer.settle()
 
     async def get_model(
         self, request: pb.GetModelRequest | InvalidArgument, context: "grpc.aio.ServicerContext[Any, Any]"

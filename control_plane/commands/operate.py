@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
@@ -96,11 +97,16 @@ def _row(worker: GetWorkerStatusResponse) -> list[str]:
     ]
 
 
+def _fields(message: Message) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+
+
 def _as_json(found: GetStatusResponse) -> dict[str, Any]:
     """All fields by their names in the .proto, numbers as numbers."""
     workers = [
-        {name: getattr(worker, name) for name in worker.DESCRIPTOR.fields_by_name}
+        _fields(worker)
         | {
+            "plans": _fields(worker.plans) | {"hits": dict(worker.plans.hits)},
             "pool": Pool.Name(worker.pool).removeprefix("POOL_").lower(),
             "state": WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower(),
         }

@@ -87,6 +87,7 @@ def test_status_shows_both_pools(served: Served) -> None:
         ("prefill-0", "ready"),
         ("decode-0", "ready"),
     ]
+    assert [one["plans"]["hits"] for one in found["workers"]] == [{}, {}]  # the cpu backend compiles none
     assert "prefill-0" in kvrelay("status", "--address", served.client.address)
 
 

@@ -230,9 +230,11 @@ async def test_a_taken_port_says_so() -> None:
         await second.stop()
 
 
-async def test_stopping_ends_running_requests_with_an_error() -> None:
+@pytest.mark.parametrize("pause", [0.05, 0.001, 0.0])
+async def test_stopping_ends_running_requests_with_an_error(pause: float) -> None:
+    """Also while a message is on its way, as at every moment of a quick answer."""
     async with open_house() as house:
-        house.decode[0].pause = 0.05
+        house.decode[0].pause = pause
         call = house.call(ask(max_tokens=1000))
         await anext(aiter(call))
         await house.gateway.stop(0)
