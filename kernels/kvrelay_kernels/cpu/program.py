@@ -24,8 +24,9 @@ FIELDS = 28
 ARGUMENTS = 3
 LINE = 8
 """int64 of a cache line: what threads count in lies in lines of its own."""
-PATIENCE = 4096
-"""Looks at a counter before a waiting thread lets others have its core: some ten microseconds."""
+PATIENCE = 65536
+"""Looks at a counter, about a hundred microseconds, before a waiting thread lets others have its core. They
+keep it for milliseconds: what they ask for in between two tasks, the system's own preemption gives them."""
 THREADED: Any = {"prange": True, "setitem": False, "numpy": False, "reduction": False, "comprehension": False}
 """What `parallel` means here: explicit loops. Numba would wake its threads for each array filled, too."""
 
