@@ -3,7 +3,7 @@
 Real text goes through `Decoder.forward` over the real arena, a chunk at a time, once in each format side by
 side. Every key and value is read back from the arena, so that these are the logits that serving draws from.
 At each position: the loss of the token that follows, the likeliest token, and the divergence of the
-distribution from that of the unquantized cache.
+distribution from that of the unquantized cache. Bits of an element are those of its block, scales included.
 
     python benchmarks/kv_quality.py
 
@@ -32,7 +32,10 @@ from model_runtime.options import DecoderOptions
 from model_runtime.progress import silent
 from model_runtime.tokenizer import load_tokenizer
 
-FORMATS = ("none", "int8-g64", "int8-g32", "int4-g64", "int4-g32")
+FORMATS = (
+    "none", "int8-g64", "int8-g32", "mxfp8", "int6-g64", "int6-g32", "int4-g32", "int4-g64", "nvfp4",
+    "mxfp4", "turbo4", "turbo3",
+)  # fmt: skip
 GATED = "int8-g64"
 MAX_PERPLEXITY_CHANGE = 0.005
 MAX_TOP1_CHANGED = 0.01
@@ -119,7 +122,13 @@ def judge(decoder: Decoder, sequences: list[NDArray[np.int32]]) -> dict[str, dic
                 base = logprobs if base is None else base  # FORMATS begins with `none`
                 judged[name].add(logprobs, base, targets[start : start + CHUNK])
         print(f"  sequence {number} of {len(sequences)}", file=sys.stderr)
-    return {name: judged[name].report(judged["none"]) for name in FORMATS}
+    return {
+        name: {
+            "bits_per_element": arenas[name].layout.bits_per_element,
+            **judged[name].report(judged["none"]),
+        }
+        for name in FORMATS
+    }
 
 
 def failures(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -194,12 +203,14 @@ def main() -> int:
 
 def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
     """Print a table."""
-    print(f"{'weights':8} {'format':9} {'perplexity':>10} {'change':>9} {'error':>8} {'top-1':>7} {'KL':>9}")
+    titles = f"{'weights':8} {'format':9} {'bits':>6} {'perplexity':>10} {'change':>9} {'error':>8}"
+    print(f"{titles} {'top-1':>7} {'KL':>9}")
     for weights, formats in results.items():
         for name, r in formats.items():
             print(
-                f"{weights:8} {name:9} {r['perplexity']:10.4f} {r['perplexity_change']:+9.3%} "
-                f"{r['perplexity_change_standard_error']:8.3%} {r['top1_changed']:7.2%} {r['mean_kl']:9.2e}"
+                f"{weights:8} {name:9} {r['bits_per_element']:6.3f} {r['perplexity']:10.4f} "
+                f"{r['perplexity_change']:+9.3%} {r['perplexity_change_standard_error']:8.3%} "
+                f"{r['top1_changed']:7.2%} {r['mean_kl']:9.2e}"
             )
 
 

@@ -12,6 +12,7 @@ import typer
 from control_plane.config import KvrelayConfig, load
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1.sampling_pb2 import SamplingParams
+from kvrelay_kernels.quant.formats import KNOWN
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Flag:
 SYSTEM = (
     Flag("model", str, "Known name, GGUF file, folder or Hugging Face repo id.", ("model.name",)),
     Flag("weights", str, "auto, float, int8 or int4.", ("model.weights",)),
-    Flag("kv_format", str, "Format of the KV cache: none, int8, int4.", ("model.kv_format",)),
+    Flag("kv_format", str, f"Format of the KV cache: {', '.join(KNOWN)}.", ("model.kv_format",)),
     Flag("backend", str, "auto, cpu, mlx, cuda or reference.", ("model.backend",)),
     Flag("prefill", int, "Prefill workers.", ("prefill.workers",)),
     Flag("decode", int, "Decode workers.", ("decode.workers",)),

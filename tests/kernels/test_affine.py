@@ -6,14 +6,15 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from kvrelay_kernels.quant import parse_format
-from kvrelay_kernels.quant.affine import dequantize, pack_codes, quantize, unpack_codes
+from kvrelay_kernels.quant.affine import dequantize, quantize
+from kvrelay_kernels.quant.packing import WIDTHS, pack_codes, unpack_codes
 from kvrelay_kernels.quant.weights import AffineWeight, concatenate, quantize_weight
 
-FORMATS = ["int8-g32", "int8-g64", "int4-g32", "int4-g64"]
+FORMATS = [f"{base}-g{group}" for base in ("int8", "int6", "int4") for group in (32, 64)]
 FINITE = st.floats(-1000, 1000, width=32)
 
 
-@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(64))), st.sampled_from([4, 8]))
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(64))), st.sampled_from(WIDTHS))
 def test_codes_come_back(codes: NDArray[np.uint8], bits: int) -> None:
     codes &= 2**bits - 1
     words = pack_codes(codes, bits)
@@ -21,10 +22,11 @@ def test_codes_come_back(codes: NDArray[np.uint8], bits: int) -> None:
     assert (unpack_codes(words, bits) == codes).all()
 
 
-@given(arrays.arrays(np.uint8, 8, elements=st.integers(0, 15)))
-def test_code_i_sits_at_bit_i_times_bits(codes: NDArray[np.uint8]) -> None:
-    (word,) = pack_codes(codes, 4)
-    assert [int(word) >> 4 * i & 15 for i in range(8)] == codes.tolist()
+@given(arrays.arrays(np.uint8, 32, elements=st.integers(0, 255)), st.sampled_from(WIDTHS))
+def test_code_i_sits_at_bit_i_times_bits(codes: NDArray[np.uint8], bits: int) -> None:
+    codes &= 2**bits - 1
+    whole = int.from_bytes(pack_codes(codes, bits).astype("<u4").tobytes(), "little")
+    assert [whole >> bits * i & 2**bits - 1 for i in range(32)] == codes.tolist()
 
 
 @given(arrays.arrays(np.float32, (2, 64), elements=FINITE), st.sampled_from(FORMATS))
@@ -35,7 +37,7 @@ def test_error_is_half_a_step(values: NDArray[np.float32], name: str) -> None:
     groups = values.reshape(2, -1, fmt.group)
     # float16 rounds the bias by 2^-11 of it, and the scale by as much of itself on each of its steps;
     # below 2^-14 it has a fixed step of 2^-24, and a range that vanishes in it leaves only the bias.
-    steps = 2**fmt.bits - 1
+    steps = 2**fmt.code_bits - 1
     slop = np.abs(groups.min(-1)) * 2**-11 + (np.ptp(groups, -1)) * 2**-11 + 2**-24 * (steps + 1)
     assert (error <= scales.astype(np.float32) / 2 + 1.01 * slop + 1e-6).all()
 
@@ -67,7 +69,7 @@ def test_concatenate_loses_nothing() -> None:
     assert (whole.dequantize() == np.concatenate([part.dequantize() for part in parts])).all()
 
 
-@pytest.mark.parametrize("bits", [3, 6])
-def test_other_widths_are_refused(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "count"), [(5, 32), (2, 32), (3, 16), (6, 8)])
+def test_other_widths_are_refused(bits: int, count: int) -> None:
     with pytest.raises(ValueError, match="bits"):
-        pack_codes(np.zeros(32, np.uint8), bits)
+        pack_codes(np.zeros(count, np.uint8), bits)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from kv_transfer.block import HEADER_BYTES, BlockCodec
 from kvrelay.errors import BadBlock, BlockCorrupt, BlockMismatch
+from kvrelay_kernels.quant.formats import SCHEMES
 from tests.kv_transfer.prompts import Prompt, small_codec
 
-FORMATS = st.sampled_from(["none", "int8-g32", "int8-g64", "int4-g32", "int4-g64"])
+FORMATS = st.sampled_from(["none", "int8-g32", "int4-g64", *SCHEMES])
 
 
 def tiny() -> BlockCodec:

@@ -21,12 +21,14 @@ class CpuArena:
         """The whole arena, flat: bytes, or float32 where not quantized; what follows counts its items."""
         self.block_items = layout.block_bytes // self.cache.itemsize
         self.layer_items = blocks * self.block_items
-        names = ("codes", "scales", "biases") if quantized else ("values",) * 3
+        names = [*layout.format.parts]
+        names += names[-1:] * (3 - len(names))
         offsets = [
             layout.frame(f"{side}_{name}").offset // self.cache.itemsize for side in "kv" for name in names
         ]
         self.places: NDArray[np.int64] = np.array(offsets, np.int64)
-        """Where K's codes, scales and biases, then V's, begin in a block; else thrice the values."""
+        """Where K's codes, scales and biases, then V's, begin in a block; a side's last array stands in for
+        those that its format does not have."""
 
     def place(self, layer: int) -> tuple[int, int, int, int]:
         """Address of the cache, where in it the layer begins, a block's items, address of `places`."""

@@ -160,13 +160,13 @@ class CpuBackend:
         rope: RopeTable,
         norms: tuple[Floats, Floats, float] | None,
     ) -> Floats:
-        """Norm, rope, quantize into the arena; returns q. The bytes are those of `quant.affine.quantize`."""
+        """Norm, rope, quantize into the arena; returns q. The bytes are those of `quant.codec`."""
         rows, out = len(qkv), self._sink.blank(len(qkv), spec.heads * spec.head_dim)
         fmt, (tasks, chunk) = arena.layout.format, _cut(len(qkv), qkv.shape[1])
         pieces = spec.kv_heads if chunk == 1 else 1
         turned = address(rope.cos), address(rope.sin), rope.cos.shape[1]
         weights = (0, 0, real(0)) if norms is None else (address(norms[0]), address(norms[1]), real(norms[2]))
-        code = append_code(fmt.bits, fmt.group, spec.head_dim)
+        code = append_code(fmt.name, spec.head_dim)
         places = address(batch.positions), address(batch.row_starts), *_tables(batch), *turned, *weights
         heads = spec.heads, spec.kv_heads, address(out), rows, chunk, pieces
         place = arena.place(layer)
@@ -188,12 +188,7 @@ class CpuBackend:
         self, q: Floats, batch: StepBatch, arena: CpuArena, layer: int, spec: AttentionSpec, out: Floats
     ) -> None:
         self._partials.reserve(batch.lengths, spec)
-        shape = (
-            arena.layout.format.bits,
-            arena.layout.format.group,
-            spec.head_dim,
-            spec.heads // spec.kv_heads,
-        )
+        shape = arena.layout.format.name, spec.head_dim, spec.heads // spec.kv_heads
         starts, opens = self._sink.numbers(batch.sequences + 1), self._sink.numbers(batch.sequences)
         row_starts, lengths = address(batch.row_starts), address(batch.lengths)
         prompts = address(batch.prompts) if batch.prompt_numbers else 0
@@ -222,7 +217,7 @@ class CpuBackend:
         fmt, group = arena.layout.format, spec.heads // spec.kv_heads
         window, scale = spec.window or NO_WINDOW, np.float32(spec.scale)
         place = arena.cache, layer * arena.layer_items, arena.block_items, arena.places
-        expand = expand_kernel(fmt.bits, fmt.group, spec.head_dim)
+        expand = expand_kernel(fmt.name, spec.head_dim)
         for s in batch.prompt_numbers:
             row, rows = int(batch.row_starts[s]), int(batch.row_starts[s + 1] - batch.row_starts[s])
             length = int(batch.lengths[s])

@@ -1,8 +1,8 @@
 """Reading and writing KV blocks, as Numba intrinsics.
 
-`cache` is the arena as one flat array, bytes for codes and float32 for unquantized blocks (`bits` 0); places
-in it are counted in its items. `bits`, `group`, `dim` and `heads` are constants. A key is widened in
-registers to scale * code + bias, once for all query heads that share it.
+`cache` is the arena as one flat array, bytes for codes and float32 for unquantized blocks; places in it are
+counted in its items. `name` (of the format), `dim` and `heads` are constants. A key is widened in registers,
+once for all query heads that share it.
 """
 
 from typing import Any
@@ -12,20 +12,12 @@ from numba import types
 from numba.core import cgutils
 
 from kvrelay_kernels.cpu import vector
-from kvrelay_kernels.cpu.vector import BYTE, FLOAT, HALF, INT, Registers, emitted
+from kvrelay_kernels.cpu.forms import LANES, form_of
+from kvrelay_kernels.cpu.vector import BYTE, FLOAT, INT, Registers, emitted
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
-LANES = 16
-"""Elements that are read as one vector."""
 TOGETHER = 4
 """Query heads whose sums are held in registers at once."""
-
-
-def chunk_of(dim: int, bits: int, group: int) -> int:
-    """Elements of a head that are read as one vector: a group, or what divides the head without one."""
-    if bits:
-        return group
-    return next(lanes for lanes in (64, 32, 16, 8, 4, 2, 1) if dim % lanes == 0)
 
 
 class _Side:
@@ -34,99 +26,86 @@ class _Side:
     def __init__(
         self, context: Any, builder: Any, cache: tuple[Any, Any], at: list[Any], consts: list[Any]
     ) -> None:
-        self.bits, self.group, self.dim = (const.literal_value for const in consts)
-        self.chunk = chunk_of(self.dim, self.bits, self.group)
+        name, self.dim = (const.literal_value for const in consts)
+        self.form = form_of(name, self.dim)
+        self.chunk, self.groups = self.form.chunk, self.form.groups
         self.builder, self.word = builder, at[0].type
         kind, array = cache
-        self.start = vector.element(
-            context, builder, kind, array, at[0].type(0), BYTE if self.bits else FLOAT
-        )
+        self.start = vector.element(context, builder, kind, array, at[0].type(0), self.form.item)
         self.codes, self.scales, self.biases = (
-            vector.element(context, builder, kind, array, place, BYTE if self.bits else FLOAT) for place in at
+            vector.element(context, builder, kind, array, place, self.form.item) for place in at
         )
 
     def prefetch(self, ahead: Any, token: Any) -> None:
         """Ask for token `token` of the ones from place `ahead` of the cache on."""
-        builder, items = self.builder, self.dim * self.bits // 8 if self.bits else self.dim
-        index = builder.add(ahead, builder.mul(token, self.word(items)))
-        kind = BYTE if self.bits else FLOAT
-        vector.prefetch(
-            builder, vector.offset(builder, self.start, index, kind), items if self.bits else 4 * items
-        )
+        builder, item = self.builder, self.form.item
+        index = builder.add(ahead, builder.mul(token, self.word(self.form.row)))
+        size = self.form.row if item == BYTE else 4 * self.form.row
+        vector.prefetch(builder, vector.offset(builder, self.start, index, item), size)
 
     @property
-    def groups(self) -> int:
-        """How many scales a token has; none where the cache is not quantized."""
-        return self.dim // self.group if self.bits else 0
+    def chunks(self) -> range:
+        """Numbers of a token's chunks."""
+        return range(self.dim // self.chunk)
 
-    @property
-    def starts(self) -> list[int]:
-        """Where in a chunk the vectors of `pieces` begin, in reading order."""
-        if not self.bits:
-            return list(range(0, self.chunk, min(LANES, self.chunk)))
-        bases = range(0, self.chunk * self.bits // 8, LANES)
-        return [base + turn * self.chunk // 2 for base in bases for turn in range(8 // self.bits)]
+    def group_of(self, number: int) -> int:
+        """Which of a token's groups chunk `number` is in; 0 where no scale comes behind the product."""
+        return number * self.chunk // self.form.group if self.groups else 0
 
-    def pieces(self, token: Any, number: int) -> list[tuple[int, Any]]:
-        """Chunk `number` of a token in vectors of 16, each with its place in reading order: centred codes, or
-        values of an unquantized cache.
-        """
-        builder, word, values = self.builder, self.word, list[Any]()
-        item, size = (BYTE, self.dim * self.bits // 8) if self.bits else (FLOAT, self.dim)
-        chunk = size // (self.dim // self.chunk)
-        for start in range(0, chunk, min(LANES, chunk)):
-            index = builder.add(builder.mul(token, word(size)), word(number * chunk + start))
-            place = vector.offset(builder, self.codes, index, item)
-            if self.bits:
-                values += vector.centred(builder, place, self.bits)
-            else:
-                values.append(vector.load(builder, place, min(LANES, chunk)))
-        return list(zip(self.starts, values, strict=True))
-
-    def scales_of(self, token: Any, tokens: int, number: int) -> tuple[Any, Any]:
-        """Scales of chunk `number` of some neighbouring tokens, and what goes with centred codes as bias."""
-        builder, groups = self.builder, self.groups
-        index = builder.mul(token, self.word(groups))
-        order = ir.Constant(
-            ir.VectorType(INT, tokens), [INT(turn * groups + number) for turn in range(tokens)]
-        )
-        scale, bias = (
-            builder.shuffle_vector(every, every, order)
-            for every in (
-                vector.load(builder, vector.offset(builder, side, index, HALF), tokens * groups, HALF)
-                for side in (self.scales, self.biases)
+    def pieces(self, token: Any, number: int) -> list[Any]:
+        """Chunk `number` of a token in vectors of float32; see `Form.pieces`."""
+        builder, word, form = self.builder, self.word, self.form
+        at, scales_at = (
+            vector.offset(
+                builder,
+                side,
+                builder.add(builder.mul(token, word(size)), word(size * number // len(self.chunks))),
+                form.item,
             )
+            for side, size in ((self.codes, form.row), (self.scales, form.scale_bytes))
         )
-        middle = vector.splat(builder, FLOAT(2.0 ** (self.bits - 1)), tokens)
-        return scale, vector.multiply_add(builder, scale, middle, bias)
+        return form.pieces(builder, at, scales_at)
+
+    def scales_of(self, token: Any, tokens: int, group: int) -> tuple[Any, Any]:
+        """Scales of a group of some neighbouring tokens, and their biases as elements are read, or None."""
+        builder, form = self.builder, self.form
+        order = [turn * self.groups + group for turn in range(tokens)]
+
+        def stored(side: Any) -> Any:
+            at = vector.offset(builder, side, builder.mul(token, self.word(form.scale_bytes)), BYTE)
+            every = form.scales(builder, at, tokens * self.groups)
+            return vector.shuffled(builder, every, every, order)
+
+        scale = stored(self.scales)
+        return scale, form.bias(builder, scale, stored(self.biases)) if form.biased else None
 
     def read(self, token: Any, number: int) -> Any:
-        """Chunk `number` of a token as float32; of 4-bit codes, even elements first."""
-        builder, word = self.builder, self.word
-        if not self.bits:
-            index = builder.add(builder.mul(token, word(self.dim)), word(number * self.chunk))
-            return vector.load(builder, vector.offset(builder, self.codes, index, FLOAT), self.chunk)
-        size = self.dim * self.bits // 8
-        index = builder.add(builder.mul(token, word(size)), word(number * self.chunk * self.bits // 8))
-        codes = vector.widen(builder, vector.offset(builder, self.codes, index, BYTE), self.chunk, self.bits)
-        which = builder.add(builder.mul(token, word(self.dim // self.group)), word(number))
-        scale, bias = (
-            builder.fpext(builder.load(vector.offset(builder, side, which, HALF), align=2), FLOAT)
-            for side in (self.scales, self.biases)
-        )
-        return vector.multiply_add(
-            builder, codes, vector.splat(builder, scale, self.chunk), vector.splat(builder, bias, self.chunk)
-        )
+        """Chunk `number` of a token as float32, in its own order."""
+        builder = self.builder
+        pieces = sorted(zip(self.form.starts, self.pieces(token, number), strict=True), key=_start)
+        values = vector.joined(builder, [value for _, value in pieces])
+        if not self.form.in_order:
+            values = vector.interleave(builder, values)
+        if not self.groups:
+            return values
+        scale, bias = self.scales_of(token, 1, self.group_of(number))
+        scale = vector.lane(builder, scale, 0, self.chunk)
+        if bias is None:
+            return builder.fmul(values, scale)
+        return vector.multiply_add(builder, values, scale, vector.lane(builder, bias, 0, self.chunk))
+
+
+def _start(piece: tuple[int, Any]) -> int:
+    return piece[0]
 
 
 @emitted
 def reorder(
-    typing: Any, x: Any, first: Any, factor: Any, out: Any, target: Any, inward: Any,
-    bits: Any, group: Any, dim: Any,
-) -> Any:  # fmt: skip
+    typing: Any, x: Any, first: Any, factor: Any, out: Any, target: Any, inward: Any, name: Any, dim: Any
+) -> Any:
     """One head times `factor`, from its own order into reading order if `inward` (a constant), else back."""
-    inward_, bits_, dim_ = inward.literal_value, bits.literal_value, dim.literal_value
-    chunk = chunk_of(dim_, bits_, group.literal_value)
+    inward_, dim_ = inward.literal_value, dim.literal_value
+    form = form_of(name.literal_value, dim_)
     turn = vector.separate if inward_ else vector.interleave
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -134,14 +113,14 @@ def reorder(
         kinds, word = signature.args, first_.type
         x_at = vector.element(context, builder, kinds[0], x_, first_, FLOAT)
         out_at = vector.element(context, builder, kinds[3], out_, target_, FLOAT)
-        for start in range(0, dim_, chunk):
-            value = vector.load(builder, vector.offset(builder, x_at, word(start), FLOAT), chunk)
-            value = builder.fmul(value, vector.splat(builder, factor_, chunk))
-            value = turn(builder, value) if bits_ == 4 else value
+        for start in range(0, dim_, form.chunk):
+            value = vector.load(builder, vector.offset(builder, x_at, word(start), FLOAT), form.chunk)
+            value = builder.fmul(value, vector.splat(builder, factor_, form.chunk))
+            value = value if form.in_order else turn(builder, value)
             vector.store(builder, value, vector.offset(builder, out_at, word(start), FLOAT))
         return context.get_dummy_value()
 
-    places = (out, types.intp, inward, bits, group, dim)
+    places = (out, types.intp, inward, name, dim)
     return types.void(x, types.intp, types.float32, *places), generate
 
 
@@ -178,7 +157,7 @@ def ask(typing: Any, cache: Any, place: Any, items: Any) -> Any:
 @emitted
 def score_tokens(
     typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, ahead: Any, q: Any, out: Any,
-    target: Any, pitch: Any, bits: Any, group: Any, dim: Any, heads: Any,
+    target: Any, pitch: Any, name: Any, dim: Any, heads: Any,
 ) -> Any:  # fmt: skip
     """`out[target + h * pitch + t]` = q of head h . key t, for `count` tokens.
 
@@ -190,10 +169,9 @@ def score_tokens(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         cache_, codes_, scales_, biases_, count_, ahead_, q_, out_, target_, pitch_, *_ = args
         kinds, word = signature.args, count_.type
-        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [name, dim])
         q_at = vector.element(context, builder, kinds[6], q_, word(0), FLOAT)
         out_at = vector.element(context, builder, kinds[7], out_, target_, FLOAT)
-        chunks = range(side.dim // side.chunk)
         sums_of_q = [
             [
                 vector.total(
@@ -204,7 +182,7 @@ def score_tokens(
                         side.chunk,
                     ),
                 )
-                for number in range(side.groups)
+                for number in (side.chunks if side.form.biased else ())
             ]
             for head in range(heads_)
         ]
@@ -213,20 +191,15 @@ def score_tokens(
             """For each head and group (one in all, where there are none), lanes whose total is wanted."""
             side.prefetch(ahead_, token)
             sums: list[list[Any]] = [[None] * max(1, side.groups) for _ in range(heads_)]
-            for number in chunks:
-                slot = number if side.groups else 0
-                for start, key in side.pieces(token, number):
+            for number in side.chunks:
+                slot = side.group_of(number)
+                for start, key in zip(side.form.starts, side.pieces(token, number), strict=True):
                     for head in range(heads_):
                         place = word(head * side.dim + number * side.chunk + start)
                         part = vector.load(
                             builder, vector.offset(builder, q_at, place, FLOAT), key.type.count
                         )
-                        before = sums[head][slot]
-                        sums[head][slot] = (
-                            builder.fmul(key, part)
-                            if before is None
-                            else vector.multiply_add(builder, key, part, before)
-                        )
+                        sums[head][slot] = vector.multiply_add(builder, key, part, sums[head][slot])
             return sums
 
         def score(token: Any, tokens: int, head: int, found: list[Any]) -> Any:
@@ -236,12 +209,10 @@ def score_tokens(
             result = None
             for number, total in enumerate(found):
                 scale, bias = side.scales_of(token, tokens, number)
-                whole = vector.splat(builder, sums_of_q[head][number], tokens)
-                rest = (
-                    builder.fmul(bias, whole)
-                    if result is None
-                    else vector.multiply_add(builder, bias, whole, result)
-                )
+                rest = result
+                if bias is not None:
+                    whole = vector.splat(builder, sums_of_q[head][number], tokens)
+                    rest = vector.multiply_add(builder, bias, whole, result)
                 result = vector.multiply_add(builder, total, scale, rest)
             return result
 
@@ -265,13 +236,13 @@ def score_tokens(
         return context.get_dummy_value()
 
     whole = (types.intp,) * 5
-    return types.void(cache, *whole, q, out, types.intp, types.intp, bits, group, dim, heads), generate
+    return types.void(cache, *whole, q, out, types.intp, types.intp, name, dim, heads), generate
 
 
 @emitted
 def weigh_values(
     typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, ahead: Any, p: Any, first: Any,
-    pitch: Any, out: Any, target: Any, bits: Any, group: Any, dim: Any, heads: Any,
+    pitch: Any, out: Any, target: Any, name: Any, dim: Any, heads: Any,
 ) -> Any:  # fmt: skip
     """`out[target:] += sum over t of p[first + h * pitch + t] * value t`, `[heads, dim]` in reading order.
 
@@ -283,7 +254,7 @@ def weigh_values(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         cache_, codes_, scales_, biases_, count_, ahead_, p_, first_, pitch_, out_, target_, *_ = args
         kinds, word = signature.args, count_.type
-        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [name, dim])
         p_at = vector.element(context, builder, kinds[6], p_, first_, FLOAT)
         out_at = vector.element(context, builder, kinds[9], out_, target_, FLOAT)
         scaled = cgutils.alloca_once(builder, ir.ArrayType(FLOAT, heads_ * BLOCK_TOKENS))
@@ -295,19 +266,20 @@ def weigh_values(
                 return vector.offset(builder, scaled, index, FLOAT)
             return vector.offset(builder, p_at, builder.add(builder.mul(pitch_, word(head)), token), FLOAT)
 
-        def scale_weights(number: int) -> list[Any]:
-            """Fill `scaled` for a group; returns each head's sum of p * bias."""
+        def scale_weights(group: int) -> list[Any]:
+            """Fill `scaled` for a group; returns each head's sum of p * bias, where there are biases."""
             fours, ones = Registers(builder, heads_, 4), Registers(builder, heads_, 1)
             fours.clear()
             ones.clear()
 
             def some(token: Any, tokens: int, sums: Registers) -> None:
-                scale, bias = side.scales_of(token, tokens, number)
+                scale, bias = side.scales_of(token, tokens, group)
                 for head in range(heads_):
                     index = builder.add(builder.mul(pitch_, word(head)), token)
                     weight = vector.load(builder, vector.offset(builder, p_at, index, FLOAT), tokens)
                     vector.store(builder, builder.fmul(weight, scale), weight_at(head, token))
-                    sums[head] = vector.multiply_add(builder, weight, bias, sums[head])
+                    if bias is not None:
+                        sums[head] = vector.multiply_add(builder, weight, bias, sums[head])
 
             whole = builder.sdiv(count_, word(4))
             with vector.loop(builder, word(0), whole) as turn:
@@ -319,10 +291,12 @@ def weigh_values(
                 for head in range(heads_)
             ]
 
-        for number in range(side.dim // side.chunk):
-            shifts = scale_weights(number) if side.groups else []
-            starts = side.starts
-            lanes = min(LANES, side.chunk)
+        starts = side.form.starts
+        lanes = min(LANES, side.chunk)
+        for number in side.chunks:
+            shifts = list[Any]()
+            if side.groups and number * side.chunk % side.form.group == 0:
+                shifts = scale_weights(side.group_of(number))
             for begin in range(0, heads_, TOGETHER):
                 some = range(begin, min(begin + TOGETHER, heads_))
                 lines = [
@@ -333,14 +307,14 @@ def weigh_values(
                 sums = Registers(builder, len(lines), lanes)
                 for slot, line in enumerate(lines):
                     value = vector.load(builder, line, lanes)
-                    if side.groups:
+                    if side.form.biased:
                         shift = vector.splat(builder, shifts[some[slot // len(starts)]], lanes)
                         value = builder.fadd(value, shift)
                     sums[slot] = value
                 with vector.loop(builder, word(0), count_) as token:
                     if number == begin == 0:
                         side.prefetch(ahead_, token)
-                    pieces = [piece for _, piece in side.pieces(token, number)]
+                    pieces = side.pieces(token, number)
                     for turn, head in enumerate(some):
                         weight = builder.load(weight_at(head, token), align=4)
                         weight = vector.splat(builder, weight, lanes)
@@ -352,96 +326,57 @@ def weigh_values(
         return context.get_dummy_value()
 
     whole = (types.intp,) * 5
-    constants = (bits, group, dim, heads)
+    constants = (name, dim, heads)
     return types.void(cache, *whole, p, types.intp, types.intp, out, types.intp, *constants), generate
 
 
 @emitted
 def expand_tokens(
     typing: Any, cache: Any, codes: Any, scales: Any, biases: Any, count: Any, out: Any, target: Any,
-    pitch: Any, bits: Any, group: Any, dim: Any,
+    pitch: Any, name: Any, dim: Any,
 ) -> Any:  # fmt: skip
     """`count` tokens as float32 in their own order, `out` rows `pitch` apart from `target` on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         cache_, codes_, scales_, biases_, count_, out_, target_, pitch_, *_ = args
         kinds, word = signature.args, count_.type
-        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [bits, group, dim])
+        side = _Side(context, builder, (kinds[0], cache_), [codes_, scales_, biases_], [name, dim])
         out_at = vector.element(context, builder, kinds[5], out_, target_, FLOAT)
         with vector.loop(builder, word(0), count_) as token:
-            for number in range(side.dim // side.chunk):
+            for number in side.chunks:
                 value = side.read(token, number)
-                if side.bits == 4:
-                    value = vector.interleave(builder, value)
                 index = builder.add(builder.mul(token, pitch_), word(number * side.chunk))
                 vector.store(builder, value, vector.offset(builder, out_at, index, FLOAT))
         return context.get_dummy_value()
 
     whole = (types.intp,) * 4
-    return types.void(cache, *whole, out, types.intp, types.intp, bits, group, dim), generate
+    return types.void(cache, *whole, out, types.intp, types.intp, name, dim), generate
 
 
 @emitted
 def put_token(
     typing: Any, values: Any, first: Any, cache: Any, codes: Any, scales: Any, biases: Any,
-    bits: Any, group: Any, dim: Any,
+    name: Any, dim: Any,
 ) -> Any:  # fmt: skip
-    """Store one head's K or V: quantized as `quant.affine.quantize` defines it, or as it is (`bits` 0)."""
-    bits_, dim_ = bits.literal_value, dim.literal_value
-    chunk = chunk_of(dim_, bits_, group.literal_value)
+    """Store one head's K or V: quantized as `quant.codec` defines it, or as it is."""
+    dim_ = dim.literal_value
+    form = form_of(name.literal_value, dim_)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values_, first_, cache_, *places, _bits, _group, _dim = args
+        values_, first_, cache_, *places, _name, _dim = args
         kinds, word = signature.args, first_.type
-        item = BYTE if bits_ else FLOAT
         x_at = vector.element(context, builder, kinds[0], values_, first_, FLOAT)
-        codes_at, *pair_at = (
-            vector.element(context, builder, kinds[2], cache_, place, item) for place in places
+        codes_at, *scales_at = (
+            vector.element(context, builder, kinds[2], cache_, place, form.item) for place in places
         )
-        for number in range(dim_ // chunk):
-            x = vector.load(builder, vector.offset(builder, x_at, word(number * chunk), FLOAT), chunk)
-            if not bits_:
-                vector.store(builder, x, vector.offset(builder, codes_at, word(number * chunk), FLOAT))
-                continue
-            octets, pair = _quantize(builder, x, bits_)
-            for value, place in zip(pair, pair_at, strict=True):
-                builder.store(value, vector.offset(builder, place, word(number), HALF), align=2)
-            at = vector.offset(builder, codes_at, word(number * octets.type.count), BYTE)
-            builder.store(octets, builder.bitcast(at, octets.type.as_pointer()), align=1)
+        for number in range(dim_ // form.group):
+            place = vector.offset(builder, x_at, word(number * form.group), FLOAT)
+            items, stored = form.encode(builder, vector.load(builder, place, form.group))
+            for value, side in zip(stored, scales_at, strict=False):
+                builder.store(value, vector.offset(builder, side, word(number), value.type), align=1)
+            at = vector.offset(builder, codes_at, word(number * items.type.count), form.item)
+            builder.store(items, builder.bitcast(at, items.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
     whole = (types.intp,) * 3
-    return types.void(values, types.intp, cache, *whole, bits, group, dim), generate
-
-
-def _quantize(builder: Any, x: Any, bits: int) -> tuple[Any, list[Any]]:
-    """The packed codes of one group, and its scale and bias as float16; NaN goes into these."""
-    lanes, kind, top = x.type.count, x.type, FLOAT(float(2**bits - 1))
-    low, high = vector.extreme(builder, x, "fmin"), vector.extreme(builder, x, "fmax")
-    unordered = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(lanes))
-    broken = builder.icmp_unsigned("!=", unordered, ir.IntType(lanes)(0))
-    low = builder.select(broken, FLOAT(float("nan")), low)
-    pair = [builder.fptrunc(value, HALF) for value in (builder.fdiv(builder.fsub(high, low), top), low)]
-    step, base = (builder.fpext(value, FLOAT) for value in pair)
-    flat = builder.fcmp_ordered("==", step, FLOAT(0.0))
-    divisor = vector.splat(builder, builder.select(flat, FLOAT(1.0), step), lanes)
-    distance = builder.fdiv(builder.fsub(x, vector.splat(builder, base, lanes)), divisor)
-    rounded, zero = vector.nearest(builder, distance), ir.Constant(kind, None)
-    most = vector.splat(builder, top, lanes)
-    rounded = builder.select(builder.fcmp_ordered("<", rounded, most), rounded, most)
-    # An ordered comparison: NaN becomes code 0 here, before the conversion that it would make undefined.
-    rounded = builder.select(builder.fcmp_ordered(">", distance, zero), rounded, zero)
-    rounded = builder.select(vector.splat(builder, flat, lanes), zero, rounded)
-    octets = builder.trunc(builder.fptosi(rounded, ir.VectorType(INT, lanes)), ir.VectorType(BYTE, lanes))
-    if bits == 4:
-        half = lanes // 2
-        even, odd = (
-            builder.shuffle_vector(
-                octets,
-                octets,
-                ir.Constant(ir.VectorType(INT, half), [INT(2 * lane + side) for lane in range(half)]),
-            )
-            for side in (0, 1)
-        )
-        octets = builder.or_(even, builder.shl(odd, vector.splat(builder, BYTE(4), half)))
-    return octets, pair
+    return types.void(values, types.intp, cache, *whole, name, dim), generate

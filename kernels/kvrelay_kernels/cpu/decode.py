@@ -7,10 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.blocks import ask, blend, reorder, score_tokens, weigh_values
+from kvrelay_kernels.cpu.forms import form_of
 from kvrelay_kernels.cpu.program import address, doubles, flags, floats, longs, octets, task_code, words
+from kvrelay_kernels.cpu.rotation import rotate
 from kvrelay_kernels.cpu.softmax import exponentials, largest
+from kvrelay_kernels.cpu.vector import BYTE
 from kvrelay_kernels.interface import AttentionSpec
-from kvrelay_kernels.quant import BLOCK_TOKENS
+from kvrelay_kernels.quant import BLOCK_TOKENS, parse_format
 
 SPLIT = 4 * BLOCK_TOKENS
 """Keys of one task. Splits begin at multiples of this, so that a result depends on the sequence alone."""
@@ -42,13 +45,13 @@ def divide_code() -> Any:
 
 
 @once
-def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
+def attend_code(name: str, dim: int, heads: int) -> Any:
     """q, first rows of sequences, lengths, block tables, their width, first tasks and first keys of
     sequences, cache, the layer's place in it, a block's items, places in a block, kv heads, scale, addresses
     of sums, tops and weights. A task is one kv head, which `heads` query heads share, over one split of keys.
     """
-    size = dim * bits // 8 if bits else dim
-    pair = 2 * (dim // group) if bits else 0
+    form = form_of(name, dim)
+    coded, biased, size, pair = form.item == BYTE, form.biased, form.row, form.scale_bytes
     all_pairs = BLOCK_TOKENS * pair
     one = np.float32(1)
 
@@ -62,7 +65,7 @@ def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
             a[4],
         )
         starts, opens = longs(a[5]), longs(a[6])
-        cache = octets(a[7]) if bits else floats(a[7])
+        cache = octets(a[7]) if coded else floats(a[7])
         base, stride, places, kv_heads = a[8], a[9], longs(a[10]), a[11]
         scale, partials = np.float32(doubles(at)[12]), longs(a[13])
         sums, tops, weights = floats(partials[0]), floats(partials[1]), floats(partials[2])
@@ -75,7 +78,7 @@ def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
         begin = (opens[s] // SPLIT + split) * SPLIT
         source = (row_starts[s] * kv_heads + head) * heads * dim
         for h in range(heads):
-            reorder(q, source + h * dim, one, query, h * dim, True, bits, group, dim)
+            reorder(q, source + h * dim, one, query, h * dim, True, name, dim)
         for i in range(heads * SPLIT):
             scores[i] = -np.inf
         for i in range(heads * dim):
@@ -91,11 +94,12 @@ def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
                 target = key - begin + skip
                 # Scales lie apart from codes: waiting for their few lines costs as much as all codes.
                 ask(cache, block + places[4] + token * pair, all_pairs)
-                ask(cache, block + places[5] + token * pair, all_pairs)
+                if biased:
+                    ask(cache, block + places[5] + token * pair, all_pairs)
                 ahead = block + places[3] + token * size
                 score_tokens(
                     cache, codes, scales, biases, count, ahead, query, scores,
-                    target, SPLIT, bits, group, dim, heads,
+                    target, SPLIT, name, dim, heads,
                 )  # fmt: skip
         for h in range(heads):
             line = h * SPLIT
@@ -124,22 +128,24 @@ def attend_code(bits: int, group: int, dim: int, heads: int) -> Any:
                     )
                     token = 0
                 ask(cache, after + places[1] + token * pair, all_pairs)
-                ask(cache, after + places[2] + token * pair, all_pairs)
+                if biased:
+                    ask(cache, after + places[2] + token * pair, all_pairs)
                 ahead = after + places[0] + token * size
                 weigh_values(
                     cache, codes, scales, biases, count, ahead, scores, p, SPLIT, sums, target,
-                    bits, group, dim, heads,
+                    name, dim, heads,
                 )  # fmt: skip
 
     return task_code(attend)
 
 
 @once
-def merge_code(bits: int, group: int, dim: int, heads: int) -> Any:
+def merge_code(name: str, dim: int, heads: int) -> Any:
     """First rows of sequences, first tasks of each, kv heads, addresses of sums, tops and weights, out.
     A task is one kv head of a sequence; prompts are passed over.
     """
     one = np.float32(1)
+    turned = parse_format(name, dim).rotates_values
 
     def merge(at: int, task: int) -> None:
         a = longs(at)
@@ -168,7 +174,9 @@ def merge_code(bits: int, group: int, dim: int, heads: int) -> Any:
                 weight += factor * weights[part * heads + h]
                 blend(sums, (part * heads + h) * dim, factor, merged, dim)
             to = ((row_starts[s] * kv_heads + head) * heads + h) * dim
-            reorder(merged, 0, one / weight, out, to, False, bits, group, dim)
+            reorder(merged, 0, one / weight, out, to, False, name, dim)
+            if turned:
+                rotate(out, to, dim)
 
     return task_code(merge)
 

@@ -8,9 +8,11 @@ import numpy as np
 from numba import njit, prange
 
 from kvrelay_kernels.cpu.blocks import expand_tokens
+from kvrelay_kernels.cpu.forms import form_of
 from kvrelay_kernels.cpu.products import THREADED, multiply, share
+from kvrelay_kernels.cpu.rotation import rotate
 from kvrelay_kernels.cpu.softmax import exponentials, largest
-from kvrelay_kernels.quant import BLOCK_TOKENS
+from kvrelay_kernels.quant import BLOCK_TOKENS, parse_format
 
 QUERIES = 64
 """Rows of a query tile."""
@@ -19,10 +21,10 @@ LANES = 64
 
 
 @once
-def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
+def expand_kernel(name: str, dim: int) -> Callable[..., None]:
     """Widens one kv head's blocks: keys transposed `[blocks, dim, 64]`, values `[blocks, 64, padded dim]`."""
-    size = dim * bits // 8 if bits else dim
-    pair = 2 * (dim // group) if bits else 0
+    form, turned = form_of(name, dim), parse_format(name, dim).rotates_values
+    size, pair = form.row, form.scale_bytes
 
     @njit(parallel=THREADED, nogil=True, cache=True)
     def expand(
@@ -41,7 +43,7 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
                 token = head * BLOCK_TOKENS
                 codes, scales = block + places[0] + token * size, block + places[1] + token * pair
                 biases = block + places[2] + token * pair
-                expand_tokens(cache, codes, scales, biases, count, rows, 0, dim, bits, group, dim)
+                expand_tokens(cache, codes, scales, biases, count, rows, 0, dim, name, dim)
                 for i in range(dim):
                     for t in range(count):
                         keys[number, i, t] = rows[t * dim + i]
@@ -49,7 +51,10 @@ def expand_kernel(bits: int, group: int, dim: int) -> Callable[..., None]:
                 codes, scales = block + places[3] + token * size, block + places[4] + token * pair
                 target = number * BLOCK_TOKENS * pitch
                 biases = block + places[5] + token * pair
-                expand_tokens(cache, codes, scales, biases, count, flat, target, pitch, bits, group, dim)
+                expand_tokens(cache, codes, scales, biases, count, flat, target, pitch, name, dim)
+                if turned:
+                    for t in range(count):
+                        rotate(flat, target + t * pitch, dim)
                 # What lies behind the last token may be anything, NaN too; zero weight would not silence it.
                 values[number, count:, :] = 0
                 values[number, :count, dim:] = 0

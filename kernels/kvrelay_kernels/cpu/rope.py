@@ -7,10 +7,12 @@ import numpy as np
 from numba import njit
 
 from kvrelay_kernels.cpu.blocks import put_token
+from kvrelay_kernels.cpu.forms import form_of
 from kvrelay_kernels.cpu.program import doubles, floats, longs, octets, task_code, words
 from kvrelay_kernels.cpu.rotation import rotate
 from kvrelay_kernels.cpu.rows import square_sum
-from kvrelay_kernels.quant import BLOCK_TOKENS
+from kvrelay_kernels.cpu.vector import BYTE
+from kvrelay_kernels.quant import BLOCK_TOKENS, parse_format
 
 
 @njit(nogil=True, error_model="numpy")
@@ -33,13 +35,13 @@ def turn(
 
 
 @once
-def append_code(bits: int, group: int, dim: int) -> Any:
+def append_code(name: str, dim: int) -> Any:
     """qkv, positions, first rows of sequences, block tables, their width, cosines, sines, half the rotated
     elements, weights of q's and k's norms or 0, eps, cache, the layer's place in it, a block's items, places
     in a block, heads, kv heads, q, rows, rows of a task, tasks of a row: each takes some of the kv heads.
     """
-    size = dim * bits // 8 if bits else dim
-    pair = 2 * (dim // group) if bits else 0
+    form, turned = form_of(name, dim), parse_format(name, dim).rotates_values
+    coded, size, pair = form.item == BYTE, form.row, form.scale_bytes
 
     def append(at: int, task: int) -> None:
         a = longs(at)
@@ -48,7 +50,7 @@ def append_code(bits: int, group: int, dim: int) -> Any:
         )  # fmt: skip
         cos, sin, half, q_norm, k_norm = floats(a[5]), floats(a[6]), a[7], floats(a[8]), floats(a[9])
         normed, eps = a[8] != 0, np.float32(doubles(at)[10])
-        cache = octets(a[11]) if bits else floats(a[11])
+        cache = octets(a[11]) if coded else floats(a[11])
         base, stride, places, heads, kv_heads = a[12], a[13], longs(a[14]), a[15], a[16]
         out, rows, chunk, pieces = floats(a[17]), a[18], a[19], a[20]
         key = np.empty(dim, np.float32)
@@ -68,17 +70,24 @@ def append_code(bits: int, group: int, dim: int) -> Any:
                         qkv, row * width + query * dim, dim, half, q_norm, normed, eps, cos, sin, angle,
                         out, target,
                     )  # fmt: skip
-                    if bits:
+                    if coded:
                         rotate(out, target, dim)
                 index, source = head * BLOCK_TOKENS + token, row * width + (heads + head) * dim
                 turn(qkv, source, dim, half, k_norm, normed, eps, cos, sin, angle, key, 0)
-                if bits:
+                if coded:
                     rotate(key, 0, dim)
                 codes, scales = block + places[0] + index * size, block + places[1] + index * pair
                 biases = block + places[2] + index * pair
-                put_token(key, 0, cache, codes, scales, biases, bits, group, dim)
+                put_token(key, 0, cache, codes, scales, biases, name, dim)
                 codes, scales = block + places[3] + index * size, block + places[4] + index * pair
                 biases = block + places[5] + index * pair
-                put_token(qkv, source + kv_heads * dim, cache, codes, scales, biases, bits, group, dim)
+                source += kv_heads * dim
+                if turned:
+                    for i in range(dim):
+                        key[i] = qkv[source + i]
+                    rotate(key, 0, dim)
+                    put_token(key, 0, cache, codes, scales, biases, name, dim)
+                else:
+                    put_token(qkv, source, cache, codes, scales, biases, name, dim)
 
     return task_code(append)

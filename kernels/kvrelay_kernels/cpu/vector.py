@@ -76,8 +76,28 @@ def splat(builder: Any, value: Any, lanes: int) -> Any:
     )
 
 
+def shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    """Lanes of two vectors, which are counted through, in any order."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), [INT(i) for i in order]))
+
+
+def lane(builder: Any, value: Any, number: int, lanes: int) -> Any:
+    """One lane of a vector in every lane of another."""
+    return shuffled(builder, value, value, [number] * lanes)
+
+
+def joined(builder: Any, values: list[Any]) -> Any:
+    """Two to a power of vectors behind each other."""
+    while len(values) > 1:
+        order = list(range(2 * values[0].type.count))
+        values = [shuffled(builder, a, b, order) for a, b in zip(values[0::2], values[1::2], strict=True)]
+    return values[0]
+
+
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """`a * b + c`, fused where the processor can."""
+    """`a * b + c`, fused where the processor can; where c is None, there is nothing to add to."""
+    if c is None:
+        return builder.fmul(a, b)
     lanes = a.type.count
     kind = ir.FunctionType(a.type, [a.type] * 3)
     return builder.call(
@@ -96,24 +116,22 @@ def total(builder: Any, value: Any) -> Any:
 def totals(builder: Any, four: list[Any]) -> Any:
     """The sums of the lanes of four vectors, as one vector: halves are added, two vectors in one."""
 
-    def shuffled(a: Any, b: Any, order: list[int]) -> Any:
-        return builder.shuffle_vector(
-            a, b, ir.Constant(ir.VectorType(INT, len(order)), [INT(i) for i in order])
-        )
-
     def halved(a: Any, b: Any) -> Any:
         """`[a's halves added | b's halves added]`, as wide as one of them."""
         n = a.type.count
         low, high = list(range(n // 2)), list(range(n // 2, n))
         return builder.fadd(
-            shuffled(a, b, low + [n + i for i in low]), shuffled(a, b, high + [n + i for i in high])
+            shuffled(builder, a, b, low + [n + i for i in low]),
+            shuffled(builder, a, b, high + [n + i for i in high]),
         )
 
     def folded(a: Any, pieces: int) -> Any:
         """The halves of each of `pieces` neighbouring stretches added."""
         size = a.type.count // pieces
         low = [piece * size + i for piece in range(pieces) for i in range(size // 2)]
-        return builder.fadd(shuffled(a, a, low), shuffled(a, a, [i + size // 2 for i in low]))
+        return builder.fadd(
+            shuffled(builder, a, a, low), shuffled(builder, a, a, [i + size // 2 for i in low])
+        )
 
     while four[0].type.count > 16:
         four = [folded(value, 1) for value in four]
@@ -121,7 +139,8 @@ def totals(builder: Any, four: list[Any]) -> Any:
     n = pairs[0].type.count
     quarters = [piece * (n // 2) + i for piece in range(4) for i in range(n // 4)]
     result = builder.fadd(
-        shuffled(pairs[0], pairs[1], quarters), shuffled(pairs[0], pairs[1], [i + n // 4 for i in quarters])
+        shuffled(builder, pairs[0], pairs[1], quarters),
+        shuffled(builder, pairs[0], pairs[1], [i + n // 4 for i in quarters]),
     )
     while result.type.count > 4:
         result = folded(result, 4)
@@ -140,18 +159,6 @@ def widen(builder: Any, pointer: Any, lanes: int, bits: int) -> Any:
     high = builder.lshr(octets, splat(builder, INT(4), lanes // 2))
     order = ir.Constant(ir.VectorType(INT, lanes), [INT(i) for i in range(lanes)])
     return builder.sitofp(builder.shuffle_vector(low, high, order), ir.VectorType(FLOAT, lanes))
-
-
-def centred(builder: Any, pointer: Any, bits: int) -> list[Any]:
-    """16 bytes of codes less half their range, as float32: of 4 bits, low nibbles, then high ones."""
-    octets, word = load(builder, pointer, 16, BYTE), ir.VectorType(INT, 16)
-    if bits == 8:
-        signed = builder.sext(builder.xor(octets, splat(builder, BYTE(0x80), 16)), word)
-        return [builder.sitofp(signed, ir.VectorType(FLOAT, 16))]
-    wide = builder.zext(builder.xor(octets, splat(builder, BYTE(0x88), 16)), word)
-    down = splat(builder, INT(28), 16)
-    raised = [builder.shl(wide, splat(builder, INT(bit), 16)) for bit in (28, 24)]
-    return [builder.sitofp(builder.ashr(value, down), ir.VectorType(FLOAT, 16)) for value in raised]
 
 
 @contextmanager

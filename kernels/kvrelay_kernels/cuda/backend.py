@@ -113,6 +113,8 @@ class CudaBackend:
             raise FormatUnsupported(
                 f"this backend keeps unquantized caches in {self.element}, not {layout.format.element}"
             )
+        if layout.format.bits not in (0, 4, 8):
+            raise FormatUnsupported(f"no kernel on CUDA reads a cache of {layout.format.name} yet")
         self.stream.use()
         return CudaArena(layout, layers, blocks)
 

@@ -5,10 +5,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.errors import FormatUnsupported
-from kvrelay_kernels.mlx.affine import dequantize, quantize
+from kvrelay_kernels.mlx.codec import dequantize, quantize
+from kvrelay_kernels.mlx.rotation import rotate
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, Frame
 
 TYPES = {
+    "uint8": mx.uint8,
     "uint32": mx.uint32,
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
@@ -56,25 +58,22 @@ class MlxArena:
 
     def append(self, layer: int, blocks: mx.array, offsets: mx.array, k: mx.array, v: mx.array) -> None:
         """Store `[rows, kv_heads, head_dim]` keys and values, row r as token `offsets[r]` of `blocks[r]`."""
-        frames = self._frames[layer]
+        frames, fmt = self._frames[layer], self.layout.format
+        if fmt.rotates_values:
+            v = rotate(v.astype(mx.float32))
         for side, values in (("k", k), ("v", v)):
-            if self.layout.format.quantized:
-                parts = quantize(values, self.layout.format)
-                stored = zip(("codes", "scales", "biases"), parts, strict=True)
-            else:
-                stored = [("values", values.astype(TYPES[self.layout.format.element]))]
-            for name, part in stored:
+            stored = quantize(values, fmt) if fmt.quantized else {"values": values.astype(TYPES[fmt.element])}
+            for name, part in stored.items():
                 frames[f"{side}_{name}"][blocks, :, offsets] = part
 
     def gather(self, layer: int, side: str, tables: mx.array) -> mx.array:
-        """Values of blocks `[sequences, blocks]`: `[sequences, kv_heads, blocks * 64, head_dim]`."""
+        """Values of blocks `[sequences, blocks]`: `[sequences, kv_heads, blocks * 64, head_dim]`.
+
+        V is as it is stored: rotated, if the format rotates values.
+        """
         frames, fmt = self._frames[layer], self.layout.format
-        if not fmt.quantized:
-            return _joined(frames[f"{side}_values"][tables])
-        codes, scales, biases = (
-            _joined(frames[f"{side}_{name}"][tables]) for name in ("codes", "scales", "biases")
-        )
-        return dequantize(codes, scales, biases, fmt)
+        arrays = {name: _joined(frames[f"{side}_{name}"][tables]) for name in fmt.parts}
+        return dequantize(arrays, fmt) if fmt.quantized else arrays["values"]
 
 
 def _joined(gathered: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from kvrelay_kernels.interface import AttentionSpec, BlockCounts, StepBatch
 from kvrelay_kernels.mlx.arena import MlxArena
+from kvrelay_kernels.mlx.rotation import rotate
 from kvrelay_kernels.quant import BLOCK_TOKENS
 
 
@@ -54,4 +55,6 @@ def _attend_alike(
     shape = (len(members), positions.shape[1], spec.heads, spec.head_dim)
     heads = q[first:last].reshape(shape).swapaxes(1, 2)
     out = mx.fast.scaled_dot_product_attention(heads, k, v, scale=spec.scale, mask=mx.array(seen[:, None]))
+    if arena.layout.format.rotates_values:
+        out = rotate(out)
     return out.swapaxes(1, 2).reshape(last - first, spec.heads * spec.head_dim)

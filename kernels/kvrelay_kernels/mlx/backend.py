@@ -24,10 +24,10 @@ from kvrelay_kernels.interface import (
 from kvrelay_kernels.mlx.arena import TYPES, MlxArena
 from kvrelay_kernels.mlx.attention import attend
 from kvrelay_kernels.mlx.linear import MlxLinear, pack
+from kvrelay_kernels.mlx.rotation import rotate
 from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 from kvrelay_kernels.quant.formats import Element
-from kvrelay_kernels.quant.rotation import run_length
 
 
 class MlxBackend:
@@ -113,7 +113,7 @@ class MlxBackend:
         offsets = batch.positions % BLOCK_TOKENS
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         if arena.layout.format.quantized:
-            q, k = _rotate(q), _rotate(k)
+            q, k = rotate(q), rotate(k)
         _own(arena).append(layer, mx.array(blocks), mx.array(offsets), k, v)
         return q.astype(self._type).reshape(rows, spec.heads * spec.head_dim)
 
@@ -133,13 +133,6 @@ class MlxBackend:
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing of its own to compile: MLX loads its kernels when the decoder's warm-up steps run them."""
-
-
-def _rotate(x: mx.array) -> mx.array:
-    """As `quant.rotation.rotate`."""
-    run = run_length(x.shape[-1])
-    runs = x.reshape(*x.shape[:-1], -1, run)
-    return mx.hadamard_transform(runs, scale=run**-0.5).reshape(x.shape)
 
 
 def _turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -31,8 +31,8 @@ class Frame:
 class BlockLayout:
     """Where each frame of a block of `BLOCK_TOKENS` tokens of one layer lies.
 
-    Frames in order: K codes `[kv_heads, 64, words]` uint32, K scales and K biases
-    `[kv_heads, 64, groups]` float16, then the same for V. An unquantized block has the two frames
+    Frames in order: K codes `[kv_heads, 64, words]` uint32, K scales `[kv_heads, 64, groups]` float16 or
+    uint8, in affine formats as many K biases, then the same for V. An unquantized block has the two frames
     `k_values` and `v_values`, `[kv_heads, 64, head_dim]`. Codes are a little-endian bit stream in
     32-bit words along the head dimension (MLX's packing): code i sits at bit i * bits.
     """
@@ -45,16 +45,15 @@ class BlockLayout:
     def frames(self) -> tuple[Frame, ...]:
         """The frames in wire order, each aligned to `FRAME_ALIGNMENT` bytes."""
         rows = (self.kv_heads, BLOCK_TOKENS)
-        if self.format.quantized:
-            words = self.head_dim * self.format.bits // 32
-            groups = self.head_dim // self.format.group
-            parts = [("codes", "uint32", words), ("scales", "float16", groups), ("biases", "float16", groups)]
-        else:
-            parts = [("values", self.format.element, self.head_dim)]
+        widths = {
+            "codes": self.head_dim * self.format.code_bits // 32,
+            "values": self.head_dim,
+        }
         frames: list[Frame] = []
         offset = 0
         for side in ("k", "v"):
-            for name, dtype, width in parts:
+            for name, dtype in self.format.parts.items():
+                width = widths.get(name) or self.head_dim // self.format.group
                 frame = Frame(f"{side}_{name}", dtype, (*rows, width), offset)
                 frames.append(frame)
                 offset += -(-frame.nbytes // FRAME_ALIGNMENT) * FRAME_ALIGNMENT
@@ -65,6 +64,11 @@ class BlockLayout:
         """Bytes of one block: all frames with their padding."""
         last = self.frames[-1]
         return last.offset + -(-last.nbytes // FRAME_ALIGNMENT) * FRAME_ALIGNMENT
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits that an element of K or V takes in a block, with its share of scales and padding."""
+        return 8 * self.block_bytes / (2 * self.kv_heads * BLOCK_TOKENS * self.head_dim)
 
     def frame(self, name: str) -> Frame:
         """The frame called `name`; KeyError where this format has none."""

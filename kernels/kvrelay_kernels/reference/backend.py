@@ -21,14 +21,13 @@ from kvrelay_kernels.interface import (
 )
 from kvrelay_kernels.plans import PlanCounts
 from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
-from kvrelay_kernels.quant.affine import dequantize, quantize
+from kvrelay_kernels.quant.codec import dequantize, quantize
 from kvrelay_kernels.quant.formats import Element
 from kvrelay_kernels.quant.rotation import rotate
 from kvrelay_kernels.quant.weights import MODE_BITS, as_codes
 
 Doubles = NDArray[np.float64]
 Matrix = tuple[Doubles, Doubles | None]
-NAMES = ("codes", "scales", "biases")
 
 
 class ReferenceArena:
@@ -59,21 +58,19 @@ class ReferenceArena:
     ) -> None:
         """Store K or V of some rows, `[rows, kv_heads, head_dim]`: row r as a token of block `blocks[r]`."""
         fmt = self.layout.format
-        if fmt.quantized:
-            for name, part in zip(NAMES, quantize(vectors, fmt), strict=True):
-                self.frame(layer, f"{side}_{name}")[blocks, :, tokens] = part
-        else:
-            self.frame(layer, f"{side}_values")[blocks, :, tokens] = vectors
+        if side == "v" and fmt.rotates_values:
+            vectors = rotate(vectors)
+        arrays = quantize(vectors, fmt) if fmt.quantized else {"values": vectors}
+        for name, array in arrays.items():
+            self.frame(layer, f"{side}_{name}")[blocks, :, tokens] = array
 
     def get(self, layer: int, table: NDArray[np.int32], length: int, side: str) -> Doubles:
         """The first `length` tokens of a sequence's K or V, `[kv_heads, length, head_dim]`."""
         fmt, blocks = self.layout.format, table[: -(-length // BLOCK_TOKENS)]
-        if fmt.quantized:
-            codes, scales, biases = (self.frame(layer, f"{side}_{name}")[blocks] for name in NAMES)
-            found = dequantize(codes, scales, biases, fmt)
-        else:
-            found = self.frame(layer, f"{side}_values")[blocks]
-        return np.concatenate(list(found), 1)[:, :length].astype(np.float64)
+        arrays = {name: self.frame(layer, f"{side}_{name}")[blocks] for name in fmt.parts}
+        found = dequantize(arrays, fmt) if fmt.quantized else arrays["values"]
+        whole = np.concatenate(list(found), 1)[:, :length].astype(np.float64)
+        return rotate(whole) if side == "v" and fmt.rotates_values else whole
 
 
 class ReferenceBackend:
