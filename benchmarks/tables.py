@@ -65,16 +65,15 @@ def kv_quality(result: Result) -> str:
     lines = [
         [
             f"`{name}`",
-            f"`{weights}`",
+            f"{r['bits_per_element']:g}",
             f"{r['perplexity']:.3f}",
             "" if name == "none" else f"{r['perplexity_change']:+.2%}",
             "" if name == "none" else f"{r['top1_changed']:.2%}",
             "" if name == "none" else f"{r['mean_kl']:.1e}",
         ]
-        for weights, formats in result["results"].items()
-        for name, r in formats.items()
+        for name, r in result["results"]["auto"].items()
     ]
-    head = ["KV cache", "weights", "perplexity", "change", "top-1 changed", "mean KL"]
+    head = ["KV cache", "bits an element", "perplexity", "change", "top-1 changed", "mean KL"]
     text = result["text"].partition(":")[0]
     note = (
         f"{result['model']}, teacher-forced at {result['positions']} positions of {text}, "
