@@ -12,7 +12,13 @@ TEXT = "before\n<!-- table:kv-quality -->\nold\n<!-- end -->\nafter\n"
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    figures = {"perplexity": 15.0512, "perplexity_change": 0.00049, "top1_changed": 0.0078, "mean_kl": 4.8e-4}
+    figures = {
+        "bits_per_element": 8.5,
+        "perplexity": 15.0512,
+        "perplexity_change": 0.00049,
+        "top1_changed": 0.0078,
+        "mean_kl": 4.8e-4,
+    }
     result = {
         "model": "smollm2",
         "text": "a text: of parts",
@@ -30,7 +36,7 @@ def test_a_table_takes_the_place_of_what_stood_there(results: Path) -> None:
     made = filled(TEXT, results)
     assert made.startswith("before\n<!-- table:kv-quality -->\n| KV cache |")
     assert made.endswith("<!-- end -->\nafter\n")
-    assert "| `int8-g64` | `auto` | 15.051 | +0.05% | 0.78% | 4.8e-04 |" in made
+    assert "| `int8-g64` | 8.5 | 15.051 | +0.05% | 0.78% | 4.8e-04 |" in made
     assert "old" not in made
     assert filled(made, results) == made
 
