@@ -191,8 +191,9 @@ def test_each_plan_is_closed_once_while_threads_thrash() -> None:
     cache = PlanCache(PlanStore(), 2, Graph.close)
 
     def build(number: int) -> Graph:
-        graphs.append(Graph(number))
-        return graphs[-1]
+        graph = Graph(number)
+        graphs.append(graph)
+        return graph
 
     def use(thread: int) -> None:
         for turn in range(200):
