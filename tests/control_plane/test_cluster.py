@@ -44,7 +44,7 @@ def joined(tmp_path: Path) -> Iterator[str]:
     log = (tmp_path / "ray.log").open("wb")
     head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
             assert head.poll() is None, (tmp_path / "ray.log").read_text()
             assert time.monotonic() < deadline
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_not_there_is_found_out_at_once(address: str) -> None:
     began = time.monotonic()
     with pytest.raises(BadSetup, match=r"is not usable: .*refused"):
         Cluster(load({"ray.address": address})).start()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # and not after minutes, as Ray would
 
 
 def test_workers_run_on_a_cluster_of_others(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:

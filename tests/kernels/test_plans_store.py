@@ -218,7 +218,7 @@ def test_a_lock_that_is_never_free_is_passed_by(tmp_path: Path, caplog: pytest.L
             pass
         assert "going on without it" in caplog.text
         assert (tmp_path / "plan.lock").exists()
-    assert 0.1 <= waited < 5
+    assert 0.1 <= waited < 60
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,9 +278,9 @@ def test_racing_processes_build_once(tmp_path: Path) -> None:
 def test_a_builder_that_dies_is_succeeded(tmp_path: Path) -> None:
     builder = start(build_for_ever, tmp_path / "plans", tmp_path)
     wait_for(tmp_path / "building")
+    began = time.monotonic()
     heir = threading.Timer(0.3, lambda: os.kill(builder.pid or 0, signal.SIGKILL))
     heir.start()
-    began = time.monotonic()
     assert get(fresh(tmp_path / "plans"), b"of the heir") == b"of the heir"
     assert 0.2 < time.monotonic() - began < 30
     builder.join()
