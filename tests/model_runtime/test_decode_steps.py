@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.registry import load_backend
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
@@ -55,6 +56,17 @@ def test_recorded_steps_have_the_same_bits(family: str, kv_format: str, tmp_path
             if kv_format == "none":
                 for a, b in zip(recorded, grown(reference, past, kv_format, one_by_one=False), strict=True):
                     np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_recorded_steps_on_codes_have_the_same_bits(family: str, weights: WeightMode, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", CONFIGS[family], random_tensors(CONFIGS[family]))
+    decoder = Decoder(load_model(folder), load_backend("cpu", threads=2), weights)
+    for past in PASTS:
+        recorded = grown(decoder, past, "none", one_by_one=False)
+        for a, b in zip(recorded, grown(decoder, past, "none", one_by_one=True), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_token_outside_the_vocabulary_is_refused_before_anything_is_read(tmp_path: Path) -> None:

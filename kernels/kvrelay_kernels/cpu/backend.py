@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.arena import CpuArena
+from kvrelay_kernels.cpu.coded import FEW, coded_rows_code
 from kvrelay_kernels.cpu.decode import Partials, attend_code, divide_code, merge_code
+from kvrelay_kernels.cpu.integers import COLUMNS
 from kvrelay_kernels.cpu.prefill import LANES, attend, expand_kernel
-from kvrelay_kernels.cpu.products import MANY_ROWS, few_rows_code, panels_of_task
+from kvrelay_kernels.cpu.products import few_rows_code, many_rows, panels_of_task
 from kvrelay_kernels.cpu.program import address, operation, real
 from kvrelay_kernels.cpu.recording import AtOnce, Recorder, Recording, Sink
 from kvrelay_kernels.cpu.rope import append_code
@@ -37,9 +39,6 @@ from kvrelay_kernels.quant.formats import Element
 
 Floats = NDArray[np.float32]
 
-FEW = 64
-"""Up to so many rows, weights are widened in registers; above, once a thread into scratch panels. Measured on
-one core, the two differ by less than 5% from 24 to 64 rows; both sum alike, so the choice changes no bit."""
 CHUNK = 2048
 """Elements of a task on whole rows, about a microsecond."""
 NO_WINDOW = 2**31 - 1
@@ -104,7 +103,8 @@ class CpuBackend:
         out = self._sink.blank(*x.shape)
         tasks, chunk = _cut(*x.shape)
         places = address(x), address(weight), address(out)
-        self._sink.do(x.size, operation(norm_code(), tasks, *places, *x.shape, chunk, real(eps)))
+        norm = operation(norm_code(), tasks, *places, *x.shape, chunk, real(eps))
+        self._sink.do(x.size, norm, makes=out)
         return out
 
     def add_rms_norm(self, x: Floats, y: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
@@ -112,22 +112,30 @@ class CpuBackend:
         summed, out = self._sink.blank(*x.shape), self._sink.blank(*x.shape)
         tasks, chunk = _cut(*x.shape)
         places = address(x), address(y), address(weight), address(summed), address(out)
-        self._sink.do(x.size, operation(add_norm_code(), tasks, *places, *x.shape, chunk, real(eps)))
+        norm = operation(add_norm_code(), tasks, *places, *x.shape, chunk, real(eps))
+        self._sink.do(x.size, norm, makes=out)
         return summed, out
 
-    def linear(self, x: Floats, weight: PackedLinear) -> Floats:
+    def linear(self, x: Floats, weight: PackedLinear, batch: StepBatch | None = None) -> Floats:
         """`x @ weight.T (+ bias)`."""
         rows, out = len(x), self._sink.blank(len(x), weight.width)
-        if rows <= FEW:
-            panels = weight.width // PANEL
-            chunk = panels_of_task(panels, rows, self.threads)
-            code = few_rows_code(weight.bits, weight.half)
+        panels = weight.width // PANEL
+        chunk = panels_of_task(panels, rows, self.threads)
+        result = address(out), panels, chunk
+        if weight.bits != 32:
+            code = coded_rows_code(weight.bits, weight.segment, weight.half)
+            records = self._sink.rounded(x)
             matrix = address(weight.codes), address(weight.affine), weight.group
-            places = address(x), rows, weight.columns, *matrix, address(out), panels, chunk
-            self._sink.do(rows * weight.codes.size, operation(code, -(-panels // chunk), *places))
+            product = operation(
+                code, -(-panels // chunk), address(records), rows, weight.columns, *matrix, *result
+            )
+            self._sink.do(rows * weight.codes.size, product)
+        elif rows <= FEW:
+            places = address(x), rows, weight.columns, address(weight.codes), *result
+            self._sink.do(rows * weight.codes.size, operation(few_rows_code(), -(-panels // chunk), *places))
         else:
             self._threads.claim()
-            MANY_ROWS[weight.bits](x, weight.codes, weight.affine, weight.group, out, self.threads)
+            many_rows(x, weight.codes, out, self.threads)
         if weight.width == weight.rows and weight.bias is None:
             return out
         trimmed = self._sink.blank(rows, weight.rows)
@@ -146,7 +154,8 @@ class CpuBackend:
         columns = -(-width // pieces // LANES) * LANES
         self._sink.do(
             out.size,
-            operation(code, rows * pieces, address(gate_up), address(out), width, columns, pieces),
+            operation(code, rows * pieces, address(gate_up), address(out), rows, width, columns, pieces),
+            makes=out,
         )
         return out
 
@@ -206,8 +215,9 @@ class CpuBackend:
             ),
             operation(
                 merge_code(*shape), batch.sequences * spec.kv_heads, row_starts, address(starts),
-                spec.kv_heads, partials, address(out),
+                spec.kv_heads, partials, address(out), len(q),
             ),
+            makes=out if spec.heads // spec.kv_heads * spec.head_dim % COLUMNS == 0 else None,
         )  # fmt: skip
 
     def _attend_prompts(
@@ -246,6 +256,9 @@ class CpuBackend:
             return step(recording, batch)
 
         return Recording(run, rows, arena, self._threads)
+
+    def new_drawing(self, vocabulary: int, places: int) -> None:
+        """None: a processor draws as the host does."""
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing: kernels compile, or come from the cache, in the steps that the decoder warms up with."""

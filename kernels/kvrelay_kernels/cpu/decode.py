@@ -7,8 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.blocks import ask, blend, reorder, score_tokens, weigh_values
+from kvrelay_kernels.cpu.coded import round_columns
 from kvrelay_kernels.cpu.forms import form_of
-from kvrelay_kernels.cpu.program import address, doubles, flags, floats, longs, octets, task_code, words
+from kvrelay_kernels.cpu.program import (
+    ROUNDED,
+    address,
+    doubles,
+    flags,
+    floats,
+    longs,
+    octets,
+    task_code,
+    words,
+)
 from kvrelay_kernels.cpu.rotation import rotate
 from kvrelay_kernels.cpu.softmax import exponentials, largest
 from kvrelay_kernels.cpu.vector import BYTE
@@ -141,7 +152,7 @@ def attend_code(name: str, dim: int, heads: int) -> Any:
 
 @once
 def merge_code(name: str, dim: int, heads: int) -> Any:
-    """First rows of sequences, first tasks of each, kv heads, addresses of sums, tops and weights, out.
+    """First rows of sequences, first tasks of each, kv heads, addresses of sums, tops and weights, out, rows.
     A task is one kv head of a sequence; prompts are passed over.
     """
     one = np.float32(1)
@@ -177,6 +188,10 @@ def merge_code(name: str, dim: int, heads: int) -> Any:
             reorder(merged, 0, one / weight, out, to, False, name, dim)
             if turned:
                 rotate(out, to, dim)
+        if a[ROUNDED] != 0:
+            row, size = row_starts[s], heads * dim
+            begin, width = head * size, kv_heads * size
+            round_columns(out, row * width, begin, begin + size, octets(a[ROUNDED]), row, a[5], width)
 
     return task_code(merge)
 

@@ -1,14 +1,13 @@
-"""Matrix products on packed weights: widened in registers for few rows, through scratch panels for many."""
+"""Matrix products in float32: few rows by panels, many by tiles."""
 
-from collections.abc import Callable
 from functools import cache as once
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
 
-from kvrelay_kernels.cpu.program import THREADED, floats, halves, longs, octets, task_code
-from kvrelay_kernels.cpu.tiles import PANEL, accumulate, expand, product
+from kvrelay_kernels.cpu.program import THREADED, floats, longs, task_code
+from kvrelay_kernels.cpu.tiles import PANEL, accumulate, product
 from kvrelay_kernels.cpu.vector import host_registers
 
 LANES, REGISTERS = host_registers()
@@ -20,7 +19,7 @@ WIDE = 2 * PANEL
 SHARES = 8
 """Tasks that a thread has of a product: enough to end together, few enough to be claimed cheaply."""
 DEPTH = 128
-"""Columns widened at once: a scratch panel of 32 KiB stays in the first-level cache."""
+"""Columns multiplied at once: two panels' are 32 KiB, which stay in the first-level cache."""
 
 
 @njit(nogil=True, inline="always")
@@ -42,43 +41,37 @@ def panels_of_task(panels: int, rows: int, threads: int) -> int:
 
 
 @once
-def few_rows_code(bits: int, half: bool) -> Any:
-    """x, rows, columns, codes, their scales and biases, group, out, panels, panels of a task."""
+def few_rows_code() -> Any:
+    """x, rows, columns, weights, out, panels, panels of a task."""
     most = MOST_ROWS
 
     def few_rows(at: int, task: int) -> None:
         a = longs(at)
-        x, rows, columns = floats(a[0]), a[1], a[2]
-        codes = floats(a[3]) if bits == 32 else octets(a[3])
-        affine = halves(a[4]) if half else floats(a[4])
-        group, out, width = a[5], floats(a[6]), a[7] * PANEL
-        panel, last = task * a[8], min(a[7], (task + 1) * a[8])
+        x, rows, columns, weights = floats(a[0]), a[1], a[2], floats(a[3])
+        out, width = floats(a[4]), a[5] * PANEL
+        panel, last = task * a[6], min(a[5], (task + 1) * a[6])
         while panel < last:
             start = panel * PANEL
             if rows == 1 and last - panel > 2 and (last - panel) % 2:
-                product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 3)
+                product(x, 0, columns, weights, panel, out, start, width, 1, 3)
                 panel += 3
                 continue
             if rows == 1 and panel + 1 < last:
-                product(x, 0, columns, codes, affine, panel, group, out, start, width, bits, 1, 2)
+                product(x, 0, columns, weights, panel, out, start, width, 1, 2)
                 panel += 2
                 continue
             row = 0
             while rows - row >= most:
-                source, to = row * columns, row * width + start
-                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, most, 1)
+                product(x, row * columns, columns, weights, panel, out, row * width + start, width, most, 1)
                 row += most
             if most > 4 and rows - row >= 4:
-                source, to = row * columns, row * width + start
-                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 4, 1)
+                product(x, row * columns, columns, weights, panel, out, row * width + start, width, 4, 1)
                 row += 4
             if most > 2 and rows - row >= 2:
-                source, to = row * columns, row * width + start
-                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 2, 1)
+                product(x, row * columns, columns, weights, panel, out, row * width + start, width, 2, 1)
                 row += 2
             if rows - row == 1:
-                source, to = row * columns, row * width + start
-                product(x, source, columns, codes, affine, panel, group, out, to, width, bits, 1, 1)
+                product(x, row * columns, columns, weights, panel, out, row * width + start, width, 1, 1)
             panel += 1
 
     return task_code(few_rows)
@@ -111,36 +104,27 @@ def multiply(
             accumulate(x, source, stride, w, at, width, out, to, pitch, depth, 1, TILE_LANES)
 
 
-def _many(bits: int) -> Callable[..., None]:
-    @njit(parallel=THREADED, nogil=True, cache=True)
-    def many_rows(x: Any, codes: Any, affine: Any, group: int, out: Any, threads: int) -> None:
-        rows, columns = x.shape
-        width = out.shape[1]
-        flat, result = x.reshape(-1), out.reshape(-1)
-        for thread in prange(threads):
-            scratch = np.empty(DEPTH * WIDE + 16, np.float32)
-            line = (64 - scratch.ctypes.data % 64) // 4 % 16
-            top, bottom = share(rows, thread, threads)
-            for panel in range(0, width // PANEL, 2):
-                for begin in range(0, columns, DEPTH):
-                    end = min(begin + DEPTH, columns)
-                    column = begin
-                    while column < end:
-                        stop = min((column // group + 1) * group, end)
-                        at = line + (column - begin) * WIDE
-                        for side in range(2):
-                            expand(
-                                codes, affine, panel + side, columns, group, column, stop,
-                                scratch, at + side * PANEL, WIDE, bits,
-                            )  # fmt: skip
-                        column = stop
-                    multiply(
-                        flat, top * columns + begin, columns, scratch, line, WIDE,
-                        result, top * width + panel * PANEL, width,
-                        bottom - top, end - begin, WIDE, begin == 0,
-                    )  # fmt: skip
-
-    return many_rows
-
-
-MANY_ROWS = {bits: _many(bits) for bits in (4, 8, 32)}
+@njit(parallel=THREADED, nogil=True, cache=True)
+def many_rows(x: Any, weights: Any, out: Any, threads: int) -> None:
+    """Rows of x times panels `[panels, columns, PANEL]`."""
+    rows, columns = x.shape
+    width = out.shape[1]
+    flat, result, packed = x.reshape(-1), out.reshape(-1), weights.reshape(-1)
+    for thread in prange(threads):
+        scratch = np.empty(DEPTH * WIDE + 16, np.float32)
+        line = (64 - scratch.ctypes.data % 64) // 4 % 16
+        top, bottom = share(rows, thread, threads)
+        for panel in range(0, width // PANEL, 2):
+            for begin in range(0, columns, DEPTH):
+                depth = min(DEPTH, columns - begin)
+                for side in range(2):
+                    source = ((panel + side) * columns + begin) * PANEL
+                    for column in range(depth):
+                        at = line + column * WIDE + side * PANEL
+                        for lane in range(PANEL):
+                            scratch[at + lane] = packed[source + column * PANEL + lane]
+                multiply(
+                    flat, top * columns + begin, columns, scratch, line, WIDE,
+                    result, top * width + panel * PANEL, width,
+                    bottom - top, depth, WIDE, begin == 0,
+                )  # fmt: skip

@@ -22,6 +22,8 @@ Operation = NDArray[np.int64]
 
 FIELDS = 28
 ARGUMENTS = 3
+ROUNDED = FIELDS - ARGUMENTS - 1
+"""The argument of some operations on rows that says where to put their results rounded, too; or 0."""
 LINE = 8
 """int64 of a cache line: what threads count in lies in lines of its own."""
 PATIENCE = 65536

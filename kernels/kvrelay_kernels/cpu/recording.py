@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cpu.arena import CpuArena
+from kvrelay_kernels.cpu.coded import new_records, rounding
 from kvrelay_kernels.cpu.decode import Partials
-from kvrelay_kernels.cpu.program import Operation, Program
+from kvrelay_kernels.cpu.program import ARGUMENTS, ROUNDED, Operation, Program, address
 from kvrelay_kernels.cpu.threads import Threads
 from kvrelay_kernels.cpu.weights import aligned
 from kvrelay_kernels.interface import StepBatch
 
 Floats = NDArray[np.float32]
+Octets = NDArray[np.uint8]
 
 ALONE = 65536
 """Elements below which one thread is done before another has been woken."""
@@ -35,8 +37,15 @@ class Sink(Protocol):
         """What the host looks at before operations read their inputs."""
         ...
 
-    def do(self, size: int, *operations: Operation) -> None:
-        """Operations behind each other that touch `size` elements."""
+    def do(self, size: int, *operations: Operation, makes: Floats | None = None) -> None:
+        """Operations behind each other that touch `size` elements.
+
+        `makes` is what the last one makes, if it can round it at once (`ROUNDED`).
+        """
+        ...
+
+    def rounded(self, x: Floats) -> Octets:
+        """The records (`integers`) of the rows of x, for products of coded weights."""
         ...
 
 
@@ -58,9 +67,15 @@ class AtOnce:
         """See `Sink`."""
         check()
 
-    def do(self, size: int, *operations: Operation) -> None:
+    def do(self, size: int, *operations: Operation, makes: Floats | None = None) -> None:
         """See `Sink`."""
         Program(operations, self._threads.claim() if size >= ALONE else 1).run()
+
+    def rounded(self, x: Floats) -> Octets:
+        """See `Sink`."""
+        out = new_records(*x.shape)
+        self.do(x.size, rounding(x, out))
+        return out
 
 
 class Recorder:
@@ -71,6 +86,8 @@ class Recorder:
         self.checks: list[Callable[[], None]] = []
         self._free: dict[int, list[Floats]] = {}
         self._kept: list[NDArray[Any]] = []
+        self._makers: dict[int, Operation] = {}
+        self._records: dict[tuple[int, int, int], Octets] = {}
 
     def blank(self, rows: int, width: int) -> Floats:
         """See `Sink`."""
@@ -79,6 +96,7 @@ class Recorder:
             free.append(aligned((rows * width,), np.float32))
             self._kept.append(free[0])
         memory = free.pop()
+        self._makers.pop(address(memory), None)
         array = memory.reshape(rows, width)
         weakref.finalize(array, free.append, memory)
         return array
@@ -92,9 +110,22 @@ class Recorder:
         """See `Sink`."""
         self.checks.append(check)
 
-    def do(self, size: int, *operations: Operation) -> None:
+    def do(self, size: int, *operations: Operation, makes: Floats | None = None) -> None:
         """See `Sink`."""
         self.operations += operations
+        if makes is not None:
+            self._makers[address(makes)] = operations[-1]
+
+    def rounded(self, x: Floats) -> Octets:
+        """See `Sink`. Records lie beside their rows, and are good for as long: rows are made once."""
+        place = address(x), *x.shape
+        out = self._records.setdefault(place, new_records(*x.shape))
+        maker = self._makers.get(address(x))
+        if maker is None:
+            self.do(x.size, rounding(x, out))
+        else:
+            maker[ARGUMENTS + ROUNDED] = address(out)
+        return out
 
 
 class Recording:
@@ -112,6 +143,11 @@ class Recording:
         """What owns the memory that the operations read."""
         self._logits = record(self._recorder, self._partials, self._rows)
         self._program = Program(self._recorder.operations, threads.count)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """What a call goes through, in order."""
+        return self._recorder.operations
 
     def __call__(self, batch: StepBatch) -> Floats:
         """The step's logits; the next call writes over them."""

@@ -10,8 +10,10 @@ import numpy as np
 from numba import types
 
 from kvrelay_kernels.cpu import vector
-from kvrelay_kernels.cpu.program import doubles, floats, halves, longs, octets, task_code, words
-from kvrelay_kernels.cpu.tiles import PANEL, affine_at
+from kvrelay_kernels.cpu.coded import round_columns
+from kvrelay_kernels.cpu.integers import affine_at
+from kvrelay_kernels.cpu.program import ROUNDED, doubles, floats, halves, longs, octets, task_code, words
+from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.cpu.vector import FLOAT, Registers, emitted
 
 LANES = 32
@@ -85,6 +87,8 @@ def norm_code() -> Any:
             scale = np.float32(1 / np.sqrt(square_sum(x, start, width) / width + eps))
             for i in range(width):
                 out[start + i] = x[start + i] * scale * weight[i]
+            if a[ROUNDED] != 0:
+                round_columns(out, start, 0, width, octets(a[ROUNDED]), row, rows, width)
 
     return task_code(norm)
 
@@ -104,26 +108,31 @@ def add_norm_code() -> Any:
             scale = np.float32(1 / np.sqrt(square_sum(summed, start, width) / width + eps))
             for i in range(width):
                 out[start + i] = summed[start + i] * scale * weight[i]
+            if a[ROUNDED] != 0:
+                round_columns(out, start, 0, width, octets(a[ROUNDED]), row, rows, width)
 
     return task_code(add_norm)
 
 
 @once
 def gate_code(gelu: bool) -> Any:
-    """Left and right halves beside each other, out, width of a half, columns of a task, tasks of a row."""
+    """Left and right halves side by side, out, rows, width of a half, columns of a task, tasks of a row."""
 
     def gate(at: int, task: int) -> None:
         a = longs(at)
-        x, out, width, columns = floats(a[0]), floats(a[1]), a[2], a[3]
-        row, piece = divmod(task, a[4])
+        x, out, rows, width, columns = floats(a[0]), floats(a[1]), a[2], a[3], a[4]
+        row, piece = divmod(task, a[5])
         left, target = row * 2 * width, row * width
-        i, last = piece * columns, min(width, (piece + 1) * columns)
+        first, last = piece * columns, min(width, (piece + 1) * columns)
+        i = first
         while i + LANES <= last:
             gate_lanes(x, left + i, left + width + i, out, target + i, gelu, LANES)
             i += LANES
         while i < last:
             gate_lanes(x, left + i, left + width + i, out, target + i, gelu, 1)
             i += 1
+        if a[ROUNDED] != 0:
+            round_columns(out, target, first, last, octets(a[ROUNDED]), row, rows, width)
 
     return task_code(gate)
 
@@ -132,23 +141,23 @@ def gate_code(gelu: bool) -> Any:
 def embed_code(bits: int, half: bool) -> Any:
     """Codes, their scales and biases, group, columns, token ids, out, rows, rows of a task, factor."""
 
+    of_word = 16 // bits or 1
+
     def embed(at: int, task: int) -> None:
         a = longs(at)
         affine = halves(a[1]) if half else floats(a[1])
-        codes = floats(a[0]) if bits == 32 else octets(a[0])
+        codes = floats(a[0]) if bits == 32 else halves(a[0])
         group, columns, ids, out = a[2], a[3], words(a[4]), floats(a[5])
         rows, chunk, factor = a[6], a[7], np.float32(doubles(at)[8])
         for row in range(task * chunk, min(rows, (task + 1) * chunk)):
             panel, lane = divmod(ids[row], PANEL)
             for column in range(columns):
-                line = panel * columns + column
                 if bits == 32:
-                    value = codes[line * PANEL + lane]
+                    value = codes[(panel * columns + column) * PANEL + lane]
                 else:
-                    if bits == 8:
-                        code = codes[line * PANEL + lane]
-                    else:
-                        code = codes[line * (PANEL // 2) + lane % 16] >> (4 * (lane // 16)) & 15
+                    step, place = divmod(column, 2 * of_word)
+                    line = (panel * (columns // (2 * of_word)) + step) * PANEL + lane
+                    code = codes[line * 2 + place % 2] >> (bits * (place // 2)) & (2**bits - 1)
                     pair = (panel * (columns // group) + column // group) * 2 * PANEL + lane
                     value = affine_at(affine, pair) * np.float32(code) + affine_at(affine, pair + PANEL)
                 out[row * columns + column] = value * factor

@@ -17,6 +17,7 @@ from numba.np import arrayobj
 FLOAT = ir.FloatType()
 HALF = ir.HalfType()
 BYTE = ir.IntType(8)
+WORD = ir.IntType(16)
 INT = ir.IntType(32)
 
 
@@ -49,13 +50,14 @@ def offset(builder: Any, pointer: Any, index: Any, kind: ir.Type) -> Any:
 def load(builder: Any, pointer: Any, lanes: int, kind: ir.Type = FLOAT) -> Any:
     """`lanes` neighbouring items as one vector; halves are widened to float32."""
     at = builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer())
-    value = builder.load(at, align=1 if kind == BYTE else 2 if kind == HALF else 4)
+    value = builder.load(at, align=1 if kind == BYTE else 2 if kind in (HALF, WORD) else 4)
     return builder.fpext(value, ir.VectorType(FLOAT, lanes)) if kind == HALF else value
 
 
 def store(builder: Any, value: Any, pointer: Any) -> None:
-    """Write a vector of float32 to neighbouring items."""
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
+    """Write a vector of float32, or of 16-bit words, to neighbouring items."""
+    align = 2 if value.type.element == WORD else 4
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
 def prefetch(builder: Any, pointer: Any, nbytes: int) -> None:
@@ -105,6 +107,38 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     )
 
 
+def host_pairs() -> tuple[str, int]:
+    """This processor's instruction that multiplies words and adds pairs of products, and its words; or 0."""
+    features = binding.get_host_cpu_features()
+    if features.get("avx512bw"):
+        return "llvm.x86.avx512.pmaddw.d.512", 32
+    return ("llvm.x86.avx2.pmadd.wd", 16) if features.get("avx2") else ("", 0)
+
+
+def add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """`c[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`, of 16-bit a and b and 32-bit c: exact where it fits.
+
+    LLVM makes one instruction of product and sum where the processor has it (AVX512-VNNI).
+    """
+    name, words = host_pairs()
+    lanes = c.type.count
+    if not words:
+        whole = ir.VectorType(INT, 2 * lanes)
+        product = builder.mul(builder.sext(a, whole), builder.sext(b, whole))
+        even, odd = (
+            shuffled(builder, product, product, list(range(side, 2 * lanes, 2))) for side in range(2)
+        )
+        return builder.add(c, builder.add(even, odd))
+    kind = ir.FunctionType(ir.VectorType(INT, words // 2), [ir.VectorType(WORD, words)] * 2)
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    pieces = []
+    for first in range(0, 2 * lanes, words):
+        order = list(range(first, first + words))
+        sides = [shuffled(builder, side, side, order) for side in (a, b)] if words < 2 * lanes else [a, b]
+        pieces.append(builder.call(function, sides))
+    return builder.add(c, joined(builder, pieces))
+
+
 def total(builder: Any, value: Any) -> Any:
     """The sum of all lanes, as a tree."""
     kind = ir.FunctionType(FLOAT, [FLOAT, value.type])
@@ -145,20 +179,6 @@ def totals(builder: Any, four: list[Any]) -> Any:
     while result.type.count > 4:
         result = folded(result, 4)
     return result
-
-
-def widen(builder: Any, pointer: Any, lanes: int, bits: int) -> Any:
-    """`lanes` codes at `pointer` as float32; of 4-bit codes, first all low nibbles, then all high ones."""
-    # Codes are below 256, so a signed conversion, the one that every processor has, is exact.
-    if bits == 8:
-        codes = builder.zext(load(builder, pointer, lanes, BYTE), ir.VectorType(INT, lanes))
-        return builder.sitofp(codes, ir.VectorType(FLOAT, lanes))
-    half = ir.VectorType(INT, lanes // 2)
-    octets = builder.zext(load(builder, pointer, lanes // 2, BYTE), half)
-    low = builder.and_(octets, splat(builder, INT(15), lanes // 2))
-    high = builder.lshr(octets, splat(builder, INT(4), lanes // 2))
-    order = ir.Constant(ir.VectorType(INT, lanes), [INT(i) for i in range(lanes)])
-    return builder.sitofp(builder.shuffle_vector(low, high, order), ir.VectorType(FLOAT, lanes))
 
 
 @contextmanager
@@ -241,15 +261,22 @@ def extreme(builder: Any, value: Any, which: str) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])
 
 
+def largest_integer(builder: Any, value: Any) -> Any:
+    """The largest lane of signed integers."""
+    kind = ir.FunctionType(INT, [value.type])
+    name = f"llvm.vector.reduce.smax.v{value.type.count}i32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])
+
+
 def interleave(builder: Any, value: Any) -> Any:
-    """Lanes of the first and second half in turn: undoes the order of `widen`'s nibbles."""
+    """Lanes of the first and second half in turn: low and high nibbles as neighbours again."""
     half = value.type.count // 2
     order = [INT(lane // 2 + (lane % 2) * half) for lane in range(2 * half)]
     return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT, 2 * half), order))
 
 
 def separate(builder: Any, value: Any) -> Any:
-    """Even lanes first, then odd ones: the order of `widen`'s nibbles."""
+    """Even lanes first, then odd ones: as low and high nibbles come."""
     lanes = value.type.count
     order = [INT(lane) for lane in (*range(0, lanes, 2), *range(1, lanes, 2))]
     return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT, lanes), order))

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cpu.integers import COLUMNS, LEAST
 from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
@@ -19,9 +21,10 @@ CACHE_LINE = 64
 class PackedLinear:
     """A matrix `[rows, columns]` in panels of `PANEL` rows, an even number of them, zeros below the last row.
 
-    `codes` is `[panels, columns, PANEL]` float32 or uint8; of 4-bit codes `[panels, columns, PANEL / 2]`, the
-    panel's first half in the low nibbles. `affine` is `[panels, columns / group, 2, PANEL]`: scales, then
-    biases, float32 or, where that loses nothing, float16 seen as uint16.
+    `codes` is `[panels, columns, PANEL]` float32. Of codes of 4 or 8 bits it is uint16, `[panels,
+    columns * bits / 32, PANEL, 2]`: pairs of words, whose lowest codes are neighbouring columns, the next
+    ones the next two, and so on. `affine` is `[panels, columns / group, 2, PANEL]`: scales, then biases,
+    float32 or, where that loses nothing, float16 seen as uint16.
     """
 
     rows: int
@@ -36,6 +39,11 @@ class PackedLinear:
     def width(self) -> int:
         """Rows of the matrix with the padding below them."""
         return self.codes.shape[0] * PANEL
+
+    @property
+    def segment(self) -> int:
+        """Columns whose products are summed as integers: a group, or a part of one."""
+        return gcd(self.group, COLUMNS)
 
     @property
     def half(self) -> bool:
@@ -57,21 +65,26 @@ def aligned(shape: tuple[int, ...], dtype: Any, zero: bool = False) -> NDArray[A
 
 
 def _panels(rows: NDArray[Any], panels: int) -> NDArray[Any]:
-    """`[rows, n]` as `[panels, n, PANEL]`, zeros below the last row."""
-    packed = aligned((panels, rows.shape[1], PANEL), rows.dtype, zero=True)
+    """`[rows, n, ...]` as `[panels, n, PANEL, ...]`, zeros below the last row."""
+    packed = aligned((panels, rows.shape[1], PANEL, *rows.shape[2:]), rows.dtype, zero=True)
     full = len(rows) // PANEL
-    packed[:full] = rows[: full * PANEL].reshape(full, PANEL, rows.shape[1]).transpose(0, 2, 1)
+    packed[:full] = rows[: full * PANEL].reshape(full, PANEL, *rows.shape[1:]).swapaxes(1, 2)
     if len(rows) % PANEL:
-        packed[full, :, : len(rows) % PANEL] = rows[full * PANEL :].T
+        packed[full, :, : len(rows) % PANEL] = rows[full * PANEL :].swapaxes(0, 1)
     return packed
 
 
-def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    codes = _panels(weight.codes, panels)
-    if weight.bits == 4:
-        halves = aligned((panels, weight.shape[1], PANEL // 2), np.uint8)
-        np.bitwise_or(codes[..., : PANEL // 2], codes[..., PANEL // 2 :] << 4, out=halves)
-        codes = halves
+def _words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint16]:
+    """`[rows, columns]` as words `[rows, columns * bits / 32, 2]`."""
+    split = codes.reshape(len(codes), -1, 16 // bits, 2)
+    words = np.zeros((*split.shape[:2], 2), np.uint16)
+    for number in range(16 // bits):
+        words |= split[:, :, number].astype(np.uint16) << np.uint16(bits * number)
+    return words
+
+
+def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint16], NDArray[Any]]:
+    codes = _panels(_words(weight.codes, weight.bits), panels)
     with np.errstate(over="ignore"):
         fits = all(np.array_equal(a.astype(np.float16), a) for a in (weight.scales, weight.biases))
     kind = np.float16 if fits else np.float32
@@ -82,7 +95,8 @@ def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint8], 
 
 
 def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None) -> PackedLinear:
-    """Pack the parts, rows below each other. Parts of mixed kinds become float32 together.
+    """Pack the parts, rows below each other. Parts of mixed kinds become float32 together, and so do codes in
+    groups of columns that integers cannot be summed in.
 
     Raises:
         FormatUnsupported: codes of an unknown width, or columns that no group divides.
@@ -93,8 +107,8 @@ def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any
     columns = parts[0].shape[1]
     rows = sum(part.shape[0] for part in parts)
     panels = -(-rows // (2 * PANEL)) * 2
-    if mode != "float" and len(coded) == len(parts):
-        whole = concatenate(coded)
+    whole = concatenate(coded) if mode != "float" and len(coded) == len(parts) else None
+    if whole is not None and whole.group % LEAST == 0:
         if not 1 <= whole.bits <= 8:
             raise FormatUnsupported(f"weights of {whole.bits} bits")
         bits, group = 4 if whole.bits <= 4 else 8, whole.group
