@@ -1,11 +1,9 @@
-"""The decode loop: grant slots, let sequences join whose blocks are in, run a step, draw a token for each."""
+"""The decode loop: grant slots, let sequences join whose blocks are in, launch a step, read the last one."""
 
 import logging
 import time
 from collections import deque
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
 
 from decode_service.batch import step_batch
 from decode_service.config import DecodeConfig
@@ -19,11 +17,12 @@ from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, LeaseLos
 from kvrelay.v1 import decode_pb2 as pb
 from kvrelay.v1.prefill_pb2 import Lease
 from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
-from kvrelay_kernels.errors import KernelError, NonFiniteActivations
+from kvrelay_kernels.errors import KernelError
 from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.decoder import Decoder
-from model_runtime.sampler import Sampled, sample
+from model_runtime.sampler import Sampled
 from model_runtime.step_loop import StepLoop
+from model_runtime.token_steps import Flight, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +32,21 @@ POLL_SECONDS = 1.0
 """How often deadlines are looked at while nothing else happens."""
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step under way, and the slots whose tokens it draws."""
+
+    slots: tuple[Slot, ...]
+    flight: Flight
+
+
 class DecodeEngine(StepLoop):
-    """Owns the arena of a decode worker and the one thread that computes on it."""
+    """Owns the arena of a decode worker and the one thread that computes on it.
+
+    Where the device draws, a step is launched before the tokens of the last one are read, so that the device
+    does not wait for the host. That a sequence has ended is then seen one step late: the token too many is
+    dropped, and slot and blocks are kept until the step that writes to them is over.
+    """
 
     def __init__(self, config: DecodeConfig, decoder: Decoder) -> None:
         super().__init__("decode-engine", POLL_SECONDS)
@@ -42,6 +54,7 @@ class DecodeEngine(StepLoop):
         self.decoder = decoder
         self.pool = BlockPool(config.cache_tokens // BLOCK_TOKENS)
         self.arena = decoder.new_arena(self.pool.capacity, config.decoder.kv_format)
+        self.steps = decoder.new_token_steps(self.arena, config.slots)
         self.landings = Landings(
             BlockCodec(decoder.config.fingerprint64, self.arena.layout, self.arena.layers),
         )
@@ -52,6 +65,10 @@ class DecodeEngine(StepLoop):
         self._reserved: list[Slot] = []
         """Granted slots whose blocks are on their way."""
         self._active: list[Slot] = []
+        self._held: set[Slot] = set()
+        """Granted slots whose blocks are not freed: also ended ones, while a step writes to them."""
+        self._launched: deque[_Launched] = deque()
+        """Steps under way, the oldest first; between two calls of `step` at most one."""
         self._untold: list[tuple[Slot, Event]] = []
 
     @property
@@ -61,8 +78,8 @@ class DecodeEngine(StepLoop):
 
     @property
     def running(self) -> int:
-        """Slots in use, those included whose blocks are on their way."""
-        return len(self._active) + len(self._reserved)
+        """Slots in use, those included whose blocks are on their way, or still written to."""
+        return len(self._held)
 
     def submit(self, slot: Slot) -> None:
         """Take a sequence; its events come through `slot.emit`, from the engine's thread.
@@ -99,18 +116,21 @@ class DecodeEngine(StepLoop):
         now = time.monotonic()
         return (
             bool(self._active)
+            or bool(self._launched)
             or self._can_grant()
             or any(slot.ready(now) for slot in self._reserved)
             or any(slot.cancelled for slot in (*self._waiting, *self._reserved))
         )
 
     def step(self) -> None:
-        """Free what was dropped, let join what has landed, grant free slots, and draw the next tokens."""
+        """Free what was dropped, let join what has landed, grant free slots, launch a step, read one."""
         self._drop_cancelled()
         self._join()
         self._grant()
-        if self._active:
-            self._compute()
+        self._tell()
+        ahead = self._launch()
+        while len(self._launched) > ahead:
+            self._land()
         if not self._active:
             self._tell()
 
@@ -118,6 +138,11 @@ class DecodeEngine(StepLoop):
         """End every sequence with `error`."""
         for slot in self._slots():
             self._end(slot, error)
+        while self._launched:
+            try:
+                self._land()
+            except Exception:
+                log.exception("a step was lost")
         self._tell()
 
     def _tell(self) -> None:
@@ -146,6 +171,7 @@ class DecodeEngine(StepLoop):
         while self._can_grant():
             with self.changed:
                 slot = self._waiting.popleft()
+            self._held.add(slot)
             slot.blocks = self.pool.allocate(slot.block_count)
             slot.deadline = time.monotonic() + self.config.lease_seconds
             keys = prefix_keys(
@@ -182,6 +208,7 @@ class DecodeEngine(StepLoop):
             self.metrics.blocks_moved += arrival.blocks
             self.metrics.bytes_moved += arrival.bytes
             slot.answer_ids.append(arrival.first_token)
+            self.steps.join(slot)
             joined = pb.Joined(blocks=arrival.blocks, bytes=arrival.bytes)
             self._untold.append((slot, pb.DecodeResponse(joined=joined)))
             self._end_if_finished(slot)
@@ -196,25 +223,48 @@ class DecodeEngine(StepLoop):
         else:
             self._end(slot, LeaseLost(f"no block came for {self.config.lease_seconds:g} s"))
 
-    def _compute(self) -> None:
-        slots = tuple(self._active)
-        batch = step_batch(slots)
-        self._tell()
+    def _launch(self) -> int:
+        """Launch a step of all sequences that have a next token; gives how many steps may stay under way."""
+        slots = tuple(slot for slot in self._active if slot.has_next)
+        if not slots:
+            return 0
         try:
-            logits = self.decoder.forward(batch, self.arena)
+            flight = self.steps.launch(step_batch(slots), slots)
         except KernelError as error:
             log.warning("a decode step failed: %s", error)
-            # Where the fault is in some sequences alone, the others take the step again.
-            failed = error.sequences if isinstance(error, NonFiniteActivations) else range(len(slots))
-            for index in failed:
-                self._end(slots[index], Internal(f"{type(error).__name__}: {error}"))
-            return
-        self.metrics.tokens.add(len(slots))
-        for slot, row in zip(slots, logits, strict=True):
-            self._draw(slot, row)
+            for slot in slots:
+                self._end(slot, _internal(error))
+            return 0
+        for slot in slots:
+            slot.ahead += 1
+        self._launched.append(_Launched(slots, flight))
+        return 0 if flight.done else 1
 
-    def _draw(self, slot: Slot, logits: NDArray[np.float32]) -> None:
-        drawn = sample(logits, slot.sampling, slot.length, slot.prompt_ids, slot.answer_ids)
+    def _land(self) -> None:
+        """Wait for the oldest step under way, and pass its tokens on."""
+        launched = self._launched.popleft()
+        outcomes: list[Outcome] = []
+        try:
+            outcomes = launched.flight.wait()
+        except KernelError as error:
+            log.warning("a decode step failed: %s", error)
+            outcomes = [error] * len(launched.slots)
+        finally:
+            active = set(self._active)
+            for slot in launched.slots:
+                slot.ahead -= 1
+                if slot not in active and not slot.ahead:
+                    self._free(slot)
+        landed = [pair for pair in zip(launched.slots, outcomes, strict=True) if pair[0] in active]
+        self.metrics.tokens.add(sum(isinstance(outcome, Sampled) for _, outcome in landed))
+        for slot, outcome in landed:
+            if isinstance(outcome, KernelError):
+                log.warning("a sequence failed: %s", outcome, extra={"request_id": slot.request_id})
+                self._end(slot, _internal(outcome))
+            else:
+                self._take(slot, outcome)
+
+    def _take(self, slot: Slot, drawn: Sampled) -> None:
         slot.answer_ids.append(drawn.token_id)
         slot.drawn.append(_message(drawn))
         now = time.monotonic()
@@ -237,7 +287,7 @@ class DecodeEngine(StepLoop):
             self._end(slot, None)
 
     def _end(self, slot: Slot, error: KvrelayError | None) -> None:
-        """Forget a sequence and free its slot and blocks; late blocks of its lease are refused now."""
+        """Forget a sequence, refuse late blocks of its lease, and free its slot once no step has it."""
         with self.changed:
             if slot in self._waiting:
                 self._waiting.remove(slot)
@@ -245,11 +295,21 @@ class DecodeEngine(StepLoop):
             if slot in group:
                 group.remove(slot)
         self.landings.close(slot.lease_id, error)
-        self.pool.release(slot.blocks)
-        slot.blocks = []
         self._pass_tokens(slot)
         self._untold.append((slot, error))
+        if not slot.ahead:
+            self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        self.steps.leave(slot)
+        self.pool.release(slot.blocks)
+        slot.blocks = []
+        self._held.discard(slot)
         self.wake()
+
+
+def _internal(error: KernelError) -> Internal:
+    return Internal(f"{type(error).__name__}: {error}")
 
 
 def _message(drawn: Sampled) -> SampledToken:

@@ -44,6 +44,8 @@ class Slot:
     """Tokens since the last message."""
     told: float = float("-inf")
     """`time.monotonic()` of that message."""
+    ahead: int = 0
+    """Tokens being drawn behind `answer_ids`, in steps that are under way."""
     landed: int = 0
     """Blocks that were in when the deadline was last moved."""
 
@@ -51,6 +53,11 @@ class Slot:
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.answer_ids)
+
+    @property
+    def has_next(self) -> bool:
+        """Whether a token may follow on those that are being drawn."""
+        return len(self.answer_ids) + self.ahead < self.max_tokens
 
     @property
     def block_count(self) -> int:

@@ -54,6 +54,7 @@ class DecodeWorker:
         except (FormatUnsupported, MemoryError) as error:
             raise BadSetup(str(error)) from error
         decoder.warm(engine.arena, 1, config.slots, self._activity)
+        engine.steps.warm(self._activity)
         engine.start()
 
         def register(server: grpc.aio.Server) -> None:

@@ -15,8 +15,10 @@ from kvrelay_kernels.interface import (
     AttentionSpec,
     Backend,
     Linear,
+    Logits,
     RecordedStep,
     RopeTable,
+    Step,
     StepBatch,
     WeightMode,
 )
@@ -24,6 +26,7 @@ from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout, parse
 from model_runtime.progress import Progress, silent
 from model_runtime.rope import rope_angles
 from model_runtime.steps import only_rows, sequence_steps
+from model_runtime.token_steps import DeviceTokenSteps, HostTokenSteps, TokenSteps, finite_rows
 from model_runtime.weights import EMBED, FINAL_NORM, HEAD, ROPE_FACTORS, Checkpoint, layer_tensor
 
 OnLayer = Callable[[int], None]
@@ -105,7 +108,7 @@ class Decoder:
         """
         return self.backend.new_arena(self.layout(kv_format), self.config.layers, blocks)
 
-    def forward(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None = None) -> NDArray[np.float32]:
+    def forward(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None = None) -> Logits:
         """Put K and V of all rows into the arena and return logits, `[len(logit_rows), vocabulary]`.
 
         Positions must be below `context`, and the block tables must cover each sequence's length.
@@ -113,14 +116,36 @@ class Decoder:
         Raises:
             NonFiniteActivations: a row's logits hold NaN or infinity; the message names rows and sequences.
         """
+        logits = self.logits(batch, arena, on_layer)
+        _check_finite(logits, batch)
+        return logits
+
+    def logits(self, batch: StepBatch, arena: Arena, on_layer: OnLayer | None = None) -> Logits:
+        """As `forward`, but NaN and infinity are left to the caller."""
         if batch.rows == 0:
             return np.empty((0, self.config.vocabulary), np.float32)
         if on_layer is None and batch.plain:
-            logits = self._recorded(arena, batch.rows)(batch)
-        else:
-            logits = self._run(self.backend, batch, arena, on_layer)
-        _check_finite(logits, batch)
-        return logits
+            return self._recorded(arena, batch.rows)(batch)
+        return self._run(self.backend, batch, arena, on_layer)
+
+    def new_token_steps(self, arena: Arena, places: int) -> TokenSteps:
+        """Decode steps on an arena that end in tokens, for `places` sequences at a time.
+
+        Raises:
+            MemoryError: what a device keeps of the sequences does not fit.
+        """
+        drawing = self.backend.new_drawing(self.config.vocabulary, places)
+        if drawing is None:
+            return HostTokenSteps(self, arena)
+        return DeviceTokenSteps(self, arena, drawing, places)
+
+    def step(self, arena: Arena) -> Step:
+        """The forward pass on an arena, for a backend to take down."""
+
+        def step(backend: Backend, batch: StepBatch) -> Logits:
+            return self._run(backend, batch, arena, None)
+
+        return step
 
     def _recorded(self, arena: Arena, rows: int) -> RecordedStep:
         """The step of one row each for `rows` sequences, as the backend repeats it best."""
@@ -128,23 +153,17 @@ class Decoder:
             self._recordings = arena, {}
         steps = self._recordings[1]
         if rows not in steps:
-
-            def step(backend: Backend, batch: StepBatch) -> NDArray[np.float32]:
-                return self._run(backend, batch, arena, None)
-
-            steps[rows] = self.backend.record(step, rows, arena)
+            steps[rows] = self.backend.record(self.step(arena), rows, arena)
         return steps[rows]
 
-    def _run(
-        self, backend: Backend, batch: StepBatch, arena: Arena, on_layer: OnLayer | None
-    ) -> NDArray[np.float32]:
+    def _run(self, backend: Backend, batch: StepBatch, arena: Arena, on_layer: OnLayer | None) -> Logits:
         config, eps, last = self.config, self.config.norm_eps, self.config.layers - 1
         norms = [layer.attn_norm for layer in self._layers] + [self._final_norm]
         x = backend.embed(self._embed, batch.token_ids, config.embedding_scale)
         h = backend.rms_norm(x, norms[0], eps)
         rows = batch.logit_rows
         for index, layer in enumerate(self._layers):
-            qkv = backend.linear(h, layer.qkv)
+            qkv = backend.linear(h, layer.qkv, batch)
             q = backend.rope_append(qkv, batch, arena, index, layer.spec, layer.rope, layer.qk_norms)
             if on_layer is not None and index > 0:
                 # A layer late: reading blocks waits for the device, which should have work meanwhile.
@@ -158,10 +177,10 @@ class Decoder:
                 kept, batch, rows = only_rows(batch)
                 if kept is not None:
                     x, q = x[kept], q[kept]
-            o = backend.linear(backend.attention(q, batch, arena, index, layer.spec), layer.o)
+            o = backend.linear(backend.attention(q, batch, arena, index, layer.spec), layer.o, batch)
             x, h = backend.add_rms_norm(x, self._post(backend, o, layer.post_attn_norm), layer.ffn_norm, eps)
-            h = backend.gate(backend.linear(h, layer.gate_up), config.activation)
-            down = self._post(backend, backend.linear(h, layer.down), layer.post_ffn_norm)
+            h = backend.gate(backend.linear(h, layer.gate_up, batch), config.activation)
+            down = self._post(backend, backend.linear(h, layer.down, batch), layer.post_ffn_norm)
             x, h = backend.add_rms_norm(x, down, norms[index + 1], eps)
         if on_layer is not None:
             on_layer(last)
@@ -237,9 +256,8 @@ class Decoder:
         return whole, RopeTable(*map(self.backend.load_array, angles))
 
 
-def _check_finite(logits: NDArray[np.float32], batch: StepBatch) -> None:
-    # A sum is finite where all its terms are, and reads each logit once; logits are far from overflow.
-    bad = np.flatnonzero(~np.isfinite(logits.sum(axis=1)))
+def _check_finite(logits: Logits, batch: StepBatch) -> None:
+    bad = np.flatnonzero(np.logical_not(finite_rows(logits)))
     if len(bad):
         rows = batch.logit_rows[bad]
         sequences = np.searchsorted(batch.row_starts, rows, side="right") - 1

@@ -1,7 +1,8 @@
 """Drawing tokens from logits: a pure function of logits, settings, seed and position, alike in both pools.
 
 Order and meaning of the settings are vLLM's: stop ids masked below `min_tokens`, penalties, temperature,
-min-p, top-k, top-p. Log-probabilities are those of the raw logits, before any of that.
+min-p, top-k, top-p. Log-probabilities are those of the raw logits, before any of that. A device that draws
+(`kvrelay_kernels.interface.Drawing`) draws the same tokens.
 """
 
 import math

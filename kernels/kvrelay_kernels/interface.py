@@ -1,7 +1,9 @@
 """What a backend must provide: the one set of operations that the decoder's forward pass is written in."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -27,6 +29,14 @@ WeightMode = Literal["auto", "float", "int8", "int4"]
 Activation = Literal["silu", "gelu_tanh"]
 
 
+FROM_DEVICE = -1
+"""In place of a token that the host has not read: the device will have drawn it when the step begins."""
+NOT_FINITE = -2
+"""In place of a token: the logits it would be drawn from hold NaN or infinity."""
+NOWHERE = -1
+"""The place of a row that the device draws nothing for."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """One step's rows: the new tokens of all sequences, one sequence behind the other.
@@ -36,7 +46,7 @@ class StepBatch:
     """
 
     token_ids: NDArray[np.int32]
-    """`[rows]`"""
+    """`[rows]`; FROM_DEVICE, in a step that a device draws for: the newest token at the row's place."""
     positions: NDArray[np.int32]
     """`[rows]`: position of each row in its sequence."""
     row_starts: NDArray[np.int32]
@@ -58,6 +68,13 @@ class StepBatch:
     def prompts(self) -> NDArray[np.bool_]:
         """`[sequences]`: `read`, or what it is where it was not told."""
         return np.diff(self.row_starts) > 1 if self.read is None else self.read
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, bool]]:
+        """The rows in stretches of prompts alone and of others alone: `(begin, end, prompts)`."""
+        of_rows = np.repeat(self.prompts, np.diff(self.row_starts))
+        cuts = [0, *(np.flatnonzero(np.diff(of_rows)) + 1).tolist(), self.rows]
+        return [(begin, end, bool(of_rows[begin])) for begin, end in itertools.pairwise(cuts)]
 
     @cached_property
     def prompt_numbers(self) -> list[int]:
@@ -112,6 +129,8 @@ class BlockCounts:
 
     computed: int = 0
     skipped: int = 0
+    routes: Counter[str] = field(default_factory=Counter[str])
+    """Calls for prompts, one a layer and step, by the kernel that took them; none where there is but one."""
 
 
 class Arena(Protocol):
@@ -136,6 +155,71 @@ Logits = NDArray[np.float32]
 RecordedStep = Callable[[StepBatch], Logits]
 Step = Callable[[Any, StepBatch], Logits]
 """A decoder's step, written in the operations of the Backend that is its first argument."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a sequence's tokens are drawn; `model_runtime.sampler.sample` says what that means."""
+
+    temperature: float
+    """0: the likeliest token is taken."""
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    ending_ids: Sequence[int]
+    ending_from: int
+    """Tokens of prompt and answer from which on `ending_ids` may be drawn."""
+
+
+class Pending(Protocol):
+    """A step that a device was told to take, and whose tokens come when it has."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `tokens` need not wait."""
+        ...
+
+    def tokens(self) -> NDArray[np.int32]:
+        """Wait, and give the drawn tokens: `[rows]`, NOT_FINITE where a row's logits hold NaN or infinity.
+
+        Rows at NOWHERE hold nothing of meaning.
+        """
+        ...
+
+    def logits(self, rows: Sequence[int]) -> Logits:
+        """Wait, and give the logits of some rows that lie NOWHERE, before the next step is launched."""
+        ...
+
+
+class DrawnStep(Protocol):
+    """A step that ends in tokens, recorded."""
+
+    def __call__(self, batch: StepBatch, places: NDArray[np.int32]) -> Pending:
+        """Launch a `plain` step whose rows are the sequences at these places, `[rows]`; does not wait."""
+        ...
+
+    def shapes(self, blocks: int) -> Sequence[tuple[int, int]]:
+        """Rows and table widths, up to `blocks`, that are taken down: all others are filled up to these."""
+        ...
+
+
+class Drawing(Protocol):
+    """Sequences whose tokens a device draws: it keeps the newest token and the counts of each at a place.
+
+    Steps are launched and places taken in order: what is told later happens later on the device.
+    """
+
+    def join(self, place: int, draw: Draw, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> None:
+        """Let a sequence have a place whose former one is in no step any more."""
+        ...
+
+    def record(self, step: Step, arena: Arena) -> DrawnStep:
+        """As `Backend.record`, for any number of rows up to that of places."""
+        ...
 
 
 class Backend(Protocol):
@@ -179,8 +263,12 @@ class Backend(Protocol):
         """`x + y`, and `rms_norm` of it."""
         ...
 
-    def linear(self, x: Array, weight: Linear) -> Array:
-        """`x @ weight.T (+ bias)`: `[rows, weight rows]`."""
+    def linear(self, x: Array, weight: Linear, batch: StepBatch | None = None) -> Array:
+        """`x @ weight.T (+ bias)`: `[rows, weight rows]`.
+
+        Rows of `batch` that are prompts may be summed in another order than the others (`StepBatch.read`).
+        None: the backend may choose by their number.
+        """
         ...
 
     def gate(self, gate_up: Array, activation: Activation) -> Array:
@@ -223,6 +311,13 @@ class Backend(Protocol):
         `step` calls the same operations for every such batch, and ends in `logits` of all rows. A backend may
         call it once, with a stand-in for itself that takes the operations down, and repeat these with no work
         of the host between them. The result may be overwritten by the next call.
+        """
+        ...
+
+    def new_drawing(self, vocabulary: int, places: int) -> Drawing | None:
+        """Room to draw tokens for so many sequences at a time; None: this backend leaves that to the host.
+
+        Raises MemoryError.
         """
         ...
 

@@ -12,10 +12,19 @@ from kvrelay.errors import Draining, Internal, InvalidArgument, LeaseLost, Promp
 from kvrelay.rpc import error_of_call
 from kvrelay.v1.sampling_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, SamplingParams
 from kvrelay.v1.worker_pb2 import DrainRequest
+from model_runtime.decoder import Decoder
+from tests.decode_service.late_steps import new_late_steps
 from tests.pools import decode_worker, prefill_worker, relay, until
 from tests.tiny_model import EOS, POISON
 
 FORMATS = ["none", "int8", "int4-g32"]
+
+
+@pytest.fixture(params=["at once", "a step late"], autouse=True)
+def flights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are there when a step is launched, or while the next one is under way."""
+    if request.param == "a step late":
+        monkeypatch.setattr(Decoder, "new_token_steps", new_late_steps)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -10,19 +10,20 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from decode_service.config import DecodeConfig
 from decode_service.engine import DecodeEngine
 from decode_service.slot import Event, Slot
-from kv_transfer.prefix import prefix_keys
 from kvrelay.errors import Cancelled, KvrelayError, LeaseLost, PromptTooLong, QueueFull
 from kvrelay.v1.decode_pb2 import DecodeResponse
-from kvrelay.v1.transfer_pb2 import Commit
 from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.decoder import Decoder
 from model_runtime.opening import open_decoder
 from model_runtime.options import DecoderOptions
 from model_runtime.progress import silent
 from model_runtime.sampler import SamplingConfig
+from tests.decode_service.hand_over import land
+from tests.decode_service.late_steps import LateTokenSteps, new_late_steps
 from tests.tiny_model import write_tiny_model
 
 SLOTS, WAITING, CACHE_TOKENS = 3, 4, 2048
+STOP_IDS = tuple(range(0, 300, 5))
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 
 
@@ -43,9 +44,13 @@ class EngineMachine(RuleBasedStateMachine):
         config = DecodeConfig(
             "decode-0", DecoderOptions("tiny"), slots=SLOTS, max_waiting=WAITING, cache_tokens=CACHE_TOKENS
         )
-        self.engine = DecodeEngine(config, self.decoder)
+        self.engine = self.new_engine(config)
         self.told: dict[Slot, list[Event]] = {}
         self.numbers = count()
+
+    def new_engine(self, config: DecodeConfig) -> DecodeEngine:
+        """An engine whose tokens are there when a step is launched."""
+        return DecodeEngine(config, self.decoder)
 
     @property
     def reserved(self) -> list[Slot]:
@@ -64,15 +69,23 @@ class EngineMachine(RuleBasedStateMachine):
             if self.engine._active:
                 break
 
-    @rule(prompt=st.integers(1, 300), tokens=st.integers(2, 400), seed=st.integers(0, 3))
-    def submit(self, prompt: int, tokens: int, seed: int) -> None:
+    @rule(
+        prompt=st.integers(1, 300),
+        tokens=st.one_of(st.integers(2, 6), st.integers(2, 400)),
+        seed=st.integers(0, 3),
+        stops=st.booleans(),
+        logprobs=st.sampled_from([None, None, None, 1]),
+    )
+    def submit(self, prompt: int, tokens: int, seed: int, stops: bool, logprobs: int | None) -> None:
         events: list[Event] = []
         slot = Slot(
             request_id="r",
             lease_id=f"lease-{next(self.numbers)}",
             prompt_ids=[(seed + i) % 50 for i in range(prompt)],
             answer_ids=[],
-            sampling=SamplingConfig(temperature=0.0),
+            sampling=SamplingConfig(
+                temperature=0.8, seed=seed, logprobs=logprobs, stop_ids=STOP_IDS if stops else ()
+            ),
             max_tokens=tokens,
             emit=events.append,
         )
@@ -91,20 +104,9 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), share=st.sampled_from([0.5, 1.0, 1.0, 1.0]), first=st.integers(0, 49))
     def land(self, data: st.DataObject, share: float, first: int) -> None:
         slot = data.draw(st.sampled_from(self.reserved))
-        codec = self.engine.landings.codec
-        tokens = slot.length
-        keys = prefix_keys(
-            slot.prompt_ids + slot.answer_ids, codec.model, codec.layout.fingerprint, len(slot.prompt_ids)
-        )
+        whole, commit = land(self.engine, slot, first, share)
         landing = self.engine.landings.find(slot.lease_id)
-        places = [(layer, index) for layer in range(codec.layers) for index in range(len(keys))]
-        payload = memoryview(bytes(codec.layout.block_bytes))
-        for layer, index in places[: max(1, int(share * len(places)))]:
-            start = index * BLOCK_TOKENS
-            header = codec.header(layer, start, min(BLOCK_TOKENS, tokens - start), keys[index])
-            landing.land(b"".join(codec.encode(header, payload)))
-        commit = Commit(lease_id=slot.lease_id, blocks=len(places), tokens=tokens, first_token=first)
-        if landing.landed == len(places):
+        if whole:
             landing.commit(commit)
         elif data.draw(st.booleans()):
             with pytest.raises(KvrelayError):
@@ -147,9 +149,13 @@ class EngineMachine(RuleBasedStateMachine):
         for slot, events in self.told.items():
             assert sum(1 for event in events if event is None or isinstance(event, KvrelayError)) <= 1
             if ended(events):
-                assert not slot.blocks
+                assert bool(slot.blocks) == bool(slot.ahead)
             messages = [event for event in events if isinstance(event, DecodeResponse)]
-            assert sum(len(message.tokens.tokens) for message in messages) < slot.max_tokens
+            told = [token.token_id for message in messages for token in message.tokens.tokens]
+            assert told == slot.answer_ids[1 : 1 + len(told)]
+            assert len(slot.answer_ids) <= slot.max_tokens
+            if ended(events):
+                assert len(told) == max(0, len(slot.answer_ids) - 1)
 
     def teardown(self) -> None:
         for slot in self.told:
@@ -167,5 +173,26 @@ def ended(events: list[Event]) -> bool:
     return bool(events) and (events[-1] is None or isinstance(events[-1], KvrelayError))
 
 
+class LateEngineMachine(EngineMachine):
+    """The same with a device that draws: each step is launched before the one before is over."""
+
+    def new_engine(self, config: DecodeConfig) -> DecodeEngine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "new_token_steps", new_late_steps)
+            return DecodeEngine(config, self.decoder)
+
+    @invariant()
+    def all_that_is_held_has_an_owner(self) -> None:
+        """The slots that the device knows are those that have joined, and whose blocks are not freed."""
+        steps = self.engine.steps
+        assert isinstance(steps, LateTokenSteps)
+        joined = {slot for slot in self.told if slot.answer_ids and slot.blocks}
+        assert set(steps.known) == joined
+        assert all(slot.ahead <= 1 for slot in self.told)
+
+
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLateEngine = LateEngineMachine.TestCase
+TestEngine.settings = TestLateEngine.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)

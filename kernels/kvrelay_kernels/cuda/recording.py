@@ -1,6 +1,6 @@
 """A decode step taken down once as a CUDA graph, and launched again and again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,72 +30,113 @@ class Recording:
         self._backend = backend
         self._step = step
         self._arena = arena
-        self._takes: dict[int, _Take] = {}
+        self._takes: dict[int, Take] = {}
 
     def __call__(self, batch: StepBatch) -> Logits:
         """The logits of a step, `[rows, vocabulary]`; overwritten by the next call."""
         self._backend.stream.use()
         self._arena.settle(self._backend.stream)
-        width = max(NARROWEST, 1 << (batch.block_tables.shape[1] - 1).bit_length())
+        width = table_width(batch.block_tables.shape[1])
+        arrays = step_arrays(batch, width)
         if width not in self._takes:
-            self._takes[width] = _Take(self._backend, self._step, batch, width)
-        return self._takes[width].run(batch)
+            self._takes[width] = Take(self._backend, self._step, batch, arrays, self._stand_in)
+        take = self._takes[width]
+        take.check_ids(batch.token_ids)
+        take.launch(arrays)
+        self._backend.stream.synchronize()
+        return take.result
+
+    def _stand_in(self, batch: DeviceBatch, ids: Any) -> "StandIn":
+        return StandIn(self._backend, batch, ids)
 
 
-class _Take:
+def table_width(blocks: int) -> int:
+    """The width of table that steps whose tables have `blocks` are filled up to."""
+    return max(NARROWEST, 1 << (blocks - 1).bit_length())
+
+
+def step_arrays(batch: StepBatch, width: int, rows: int | None = None) -> list[NDArray[np.int32]]:
+    """What changes between launches: ids, positions, slots, row starts, lengths and tables of a `plain` step.
+
+    Tables become `width` blocks wide. Rows are filled up to `rows` with ones that are nobody's: without a
+    slot (-1) and without keys.
+    """
+    rows = batch.rows if rows is None else rows
+    tables = np.zeros((rows, width), np.int32)
+    tables[: batch.rows, : batch.block_tables.shape[1]] = batch.block_tables
+    return [
+        filled(batch.token_ids, rows),
+        filled(batch.positions, rows),
+        filled(slots_of(batch), rows, -1),
+        np.arange(rows + 1, dtype=np.int32),
+        filled(batch.lengths, rows),
+        tables,
+    ]
+
+
+def filled(array: NDArray[np.int32], count: int, value: int = 0) -> NDArray[np.int32]:
+    """The array, and `value` from there on up to `count` elements."""
+    whole = np.full(count, value, np.int32)
+    whole[: len(array)] = array
+    return whole
+
+
+class Take:
     """One graph and the arrays that change between its launches."""
 
-    def __init__(self, backend: "CudaBackend", step: Step, batch: StepBatch, width: int) -> None:
+    def __init__(
+        self,
+        backend: "CudaBackend",
+        step: Step,
+        batch: StepBatch,
+        arrays: Sequence[NDArray[np.int32]],
+        stand_in: Callable[..., "StandIn"],
+    ) -> None:
+        """`arrays` are those of `step_arrays`, and what else `stand_in` takes behind a batch and its ids."""
         import cupy  # pyright: ignore[reportMissingImports]
 
         self._backend = backend
-        self._tables = np.zeros((batch.sequences, width), np.int32)
-        self._starts = np.arange(batch.sequences + 1, dtype=np.int32)
-        items = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in self._arrays(batch))
+        items = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
         self._memory = cupy.empty(items, np.int32)
-        ids, positions, slots, starts, lengths, tables = self._send(batch)
-        there = DeviceBatch(
-            batch, positions, slots, starts, lengths, tables, Singles(None, lengths, tables, batch.sequences)
-        )
-        stand_in = _StandIn(backend, there, ids)
-        step(stand_in, batch)
+        ids, positions, slots, starts, lengths, tables, *more = self._send(arrays)
+        singles = Singles(None, lengths, tables, batch.sequences)
+        there = DeviceBatch(batch, positions, slots, starts, lengths, tables, singles)
+        taker = stand_in(there, ids, *more)
+        step(taker, batch)
         # What a graph works in is given to other graphs alone: they write before they read.
         with cupy.cuda.using_allocator(backend.recorded.malloc):
-            stand_in.again()
-            step(stand_in, batch)
+            taker.again()
+            step(taker, batch)
             backend.stream.synchronize()
-            stand_in.again()
+            taker.again()
             backend.stream.begin_capture()
             try:
-                self._logits = step(stand_in, batch)
+                self.result: Any = step(taker, batch)
             finally:
                 self._graph = backend.stream.end_capture()
-        self._table = stand_in.table
+        self._table = taker.table
 
-    def run(self, batch: StepBatch) -> Logits:
-        """Upload a batch, launch, and wait."""
+    def check_ids(self, token_ids: NDArray[np.int32]) -> None:
+        """Raises IndexError for an id outside the vocabulary."""
         if self._table is not None:
-            self._table.check_rows(batch.token_ids)
-        self._send(batch)
+            self._table.check_rows(token_ids)
+
+    def launch(self, arrays: Sequence[NDArray[np.int32]]) -> None:
+        """Upload a step's arrays and launch, without waiting; `result` is what the step gave once."""
+        self._send(arrays)
         self._graph.launch(self._backend.stream)
-        self._backend.stream.synchronize()
-        return self._logits
 
-    def _send(self, batch: StepBatch) -> Sequence[Any]:
-        return self._backend.uploads.send(self._arrays(batch), self._memory)
-
-    def _arrays(self, batch: StepBatch) -> list[NDArray[np.int32]]:
-        self._tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-        return [batch.token_ids, batch.positions, slots_of(batch), self._starts, batch.lengths, self._tables]
+    def _send(self, arrays: Sequence[NDArray[np.int32]]) -> Sequence[Any]:
+        return self._backend.uploads.send(arrays, self._memory)
 
 
-class _StandIn:
+class StandIn:
     """The backend, for a batch that lies on the device already and changes there between launches."""
 
     def __init__(self, backend: "CudaBackend", batch: DeviceBatch, ids: Any) -> None:
-        self._backend = backend
-        self._batch = batch
-        self._ids = ids
+        self.backend = backend
+        self.batch = batch
+        self.ids = ids
         self._host: Logits | None = None
         self.table: CudaLinear | None = None
         self.rms_norm, self.add_rms_norm = backend.rms_norm, backend.add_rms_norm
@@ -103,30 +144,30 @@ class _StandIn:
 
     def again(self) -> None:
         """Begin the same step anew: what is planned once a step has to be planned again."""
-        self._batch = replace(self._batch)
+        self.batch = replace(self.batch)
 
     def embed(self, table: CudaLinear, token_ids: NDArray[np.int32], scale: float) -> Any:
         """As the backend's, of the ids that lie on the device."""
         table.check_rows(token_ids)
         self.table = table
-        return self._backend.embed_there(table, self._ids, scale)
+        return self.backend.embed_there(table, self.ids, scale)
 
     def rope_append(
         self, qkv: Any, batch: StepBatch, arena: CudaArena, layer: int, spec: AttentionSpec, rope: RopeTable,
         norms: tuple[Any, Any, float] | None,
     ) -> Any:  # fmt: skip
         """As the backend's."""
-        return self._backend.append_there(qkv, self._batch, arena, layer, spec, rope, norms)
+        return self.backend.append_there(qkv, self.batch, arena, layer, spec, rope, norms)
 
     def attention(self, q: Any, batch: StepBatch, arena: CudaArena, layer: int, spec: AttentionSpec) -> Any:
         """As the backend's."""
-        return self._backend.attend_there(q, self._batch, arena, layer, spec)
+        return self.backend.attend_there(q, self.batch, arena, layer, spec)
 
-    def logits(self, x: Any, head: CudaLinear, rows: NDArray[np.int32]) -> Logits:
+    def logits(self, x: Any, head: CudaLinear, rows: NDArray[np.int32]) -> Any:
         """As the backend's, of all rows, but without waiting."""
         import cupyx  # pyright: ignore[reportMissingImports]
 
         host = self._host
         if host is None:
             host = self._host = cupyx.empty_pinned((len(rows), head.n), np.float32)
-        return self._backend.logits_there(x, head, host)
+        return self.backend.logits_there(x, head, host)

@@ -78,7 +78,7 @@ class MlxBackend:
         summed = x + y
         return summed, self.rms_norm(summed, weight, eps)
 
-    def linear(self, x: mx.array, weight: MlxLinear) -> mx.array:
+    def linear(self, x: mx.array, weight: MlxLinear, batch: StepBatch | None = None) -> mx.array:
         """See `Backend.linear`."""
         return weight.apply(x)
 
@@ -130,6 +130,9 @@ class MlxBackend:
     def record(self, step: Step, rows: int, arena: Arena) -> RecordedStep:
         """`step` itself: MLX builds its graph of operations anew in each step."""
         return partial(step, self)
+
+    def new_drawing(self, vocabulary: int, places: int) -> None:
+        """None: MLX gives logits to the host in each step."""
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing of its own to compile: MLX loads its kernels when the decoder's warm-up steps run them."""

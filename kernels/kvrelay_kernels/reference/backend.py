@@ -122,7 +122,7 @@ class ReferenceBackend:
         """`x + y` and its norm."""
         return x + y, self.rms_norm(x + y, weight, eps)
 
-    def linear(self, x: Doubles, weight: Matrix) -> Doubles:
+    def linear(self, x: Doubles, weight: Matrix, batch: StepBatch | None = None) -> Doubles:
         """`x @ weight.T (+ bias)`."""
         product = x @ weight[0].T
         return product if weight[1] is None else product + weight[1]
@@ -184,6 +184,9 @@ class ReferenceBackend:
     def record(self, step: Step, rows: int, arena: ReferenceArena) -> RecordedStep:
         """`step` itself."""
         return partial(step, self)
+
+    def new_drawing(self, vocabulary: int, places: int) -> None:
+        """None: the sampler is the reference."""
 
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Nothing is compiled here."""
