@@ -1,5 +1,7 @@
 """What a step's batch becomes on its way to the device, and shapes that no CUDA kernel is made for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,14 @@ def test_slots_are_where_the_tables_say() -> None:
             assert slots[row] == batch.block_tables[s, position // 64] * 64 + position % 64
             row += 1
     assert row == batch.rows
+
+
+def test_runs_of_prompts_and_others() -> None:
+    batch, _ = sequence_steps([3, 1, 1, 1, 2], [0] * 5)
+    assert batch.runs == [(0, 3, True), (3, 6, False), (6, 8, True)]
+    read = np.array([True, True, False, False, True])
+    assert dataclasses.replace(batch, read=read).runs == [(0, 4, True), (4, 6, False), (6, 8, True)]
+    assert sequence_steps([1, 1], [4, 5])[0].runs == [(0, 2, False)]
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100, 128, 2047, 2048, 2049, 16384, 40000])

@@ -1,4 +1,5 @@
-"""Products of activations with weights: which of cuBLASLt's algorithms, measured once and remembered."""
+"""Products of activations with weights: own kernels for few rows, otherwise one of cuBLASLt's algorithms,
+measured once and remembered."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
 from kvrelay_kernels.cuda.cublas_lt import Algorithm, CublasLt, Product, ProductShape
+from kvrelay_kernels.cuda.expand_matrix import ExpandMatrix
+from kvrelay_kernels.cuda.few_rows import FewRows
+from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.errors import FormatUnsupported, KernelError
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, TensorKey
 from kvrelay_kernels.quant.formats import Element
@@ -27,14 +32,22 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 16, 16384
 PROOF_ROWS = 128
 """Rows of random numbers on which an algorithm has to give the bits of the first one."""
 KEPT = 1024
+OWN_ROWS = 0
+"""Rows up to which 16-bit weights go by `FewRows` too: none as long as that is not measured."""
 
 
 @dataclass(frozen=True)
 class CudaLinear:
-    """A matrix on the device: `weight` `[n, k]` and `bias` `[n]`, 16-bit elements seen as uint16."""
+    """A matrix on the device: `weight` `[n, k]` and `bias` `[n]` or None."""
 
     weight: Any
+    """A `CodedMatrix`, or 16-bit elements seen as uint16, as the bias is."""
     bias: Any
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is a matrix of codes."""
+        return isinstance(self.weight, CodedMatrix)
 
     @property
     def n(self) -> int:
@@ -60,16 +73,35 @@ def row_bucket(rows: int) -> int:
 class Products:
     """`x @ weight.T (+ bias)`, sums in float32, on one stream at a time.
 
-    The bits of a row do not depend on how many rows a product has: no algorithm cuts a sum into parts, and
-    one is taken only if it gives the same bits as all others on random numbers. So a prompt's activations are
-    the same in whichever chunks it is read.
+    The bits of a row do not depend on how many rows a product with a 16-bit weight has: no algorithm cuts a
+    sum into parts, and one is taken only if it gives the same bits as all others on random numbers. So a
+    prompt's activations are the same in whichever chunks it is read.
+
+    A matrix of codes has two kinds of products, which differ in the last bits: rows of prompts are multiplied
+    with the matrix rounded to 16 bits, in scratch, which stays as large as the largest matrix that was. All
+    other rows go by `FewRows`. The bits of a row depend on its kind, but not on how many there are.
     """
 
-    def __init__(self, element: Element, plans: PlanStore, device: DeviceClass) -> None:
-        """Raises BackendUnavailable where cuBLASLt is missing."""
+    def __init__(
+        self,
+        element: Element,
+        kernels: KernelCache,
+        plans: PlanStore,
+        device: DeviceClass,
+        own_rows: int = OWN_ROWS,
+    ) -> None:
+        """`own_rows`: 16-bit weights go by `FewRows` too, up to so many rows, at the cost of equal bits.
+
+        Raises:
+            BackendUnavailable: cuBLASLt is missing.
+        """
         import cupy  # pyright: ignore[reportMissingImports]
 
         self._element: Element = element
+        self._few = FewRows(element, kernels, device.processors or 1)
+        self._own_rows = own_rows
+        self._expand = ExpandMatrix(element, kernels)
+        self._scratch = cupy.empty(0, np.uint16)
         self._device = device
         self._lt = CublasLt()
         self._workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
@@ -83,10 +115,17 @@ class Products:
         """How the choices were come by."""
         return self._plans.counts
 
-    def __call__(self, x: Any, linear: CudaLinear, out: Any) -> None:
-        """Write the product of `x` `[m, k]` to `out` `[m, n]`: uint16 for elements, or float32."""
+    def __call__(self, x: Any, linear: CudaLinear, out: Any, prompts: bool) -> None:
+        """Write the product of `x` `[m, k]`, rows of prompts or not, to `out` `[m, n]`: uint16 or float32."""
         import cupy  # pyright: ignore[reportMissingImports]
 
+        if len(x) <= self._own_rows or (linear.coded and not prompts):
+            floats = out.dtype == np.float32
+            self._few.load(linear.weight, floats, self._expected[floats])
+            self._few(x, linear.weight, linear.bias, out)
+            return
+        if linear.coded:
+            linear = CudaLinear(self._expanded(linear.weight), linear.bias)
         product = self._product(linear, out)
         algorithm = self._choice(product, linear, row_bucket(len(x)))
         bias = 0 if linear.bias is None else linear.bias.data.ptr
@@ -98,6 +137,17 @@ class Products:
     def expect(self, rows: int, logit_rows: int) -> None:
         """Have the algorithms of a shape, when it is first met, chosen for up to so many rows at once."""
         self._expected = rows, logit_rows
+
+    def _expanded(self, matrix: CodedMatrix) -> Any:
+        """A matrix as 16-bit elements `[n, k]`, until the next one."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        n, k = matrix.shape
+        if self._scratch.size < n * k:
+            self._scratch = cupy.empty(n * k, np.uint16)
+        whole = self._scratch[: n * k].reshape(n, k)
+        self._expand(matrix, whole)
+        return whole
 
     def _product(self, linear: CudaLinear, out: Any) -> Product:
         import cupy  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""Weights as they come from a loader -> 16-bit elements on the device."""
+"""Weights as they come from a loader -> codes or 16-bit elements on the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cuda.coded_matrix import CodedMatrix, pack_codes
 from kvrelay_kernels.cuda.gemm import CudaLinear
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.formats import Element
-from kvrelay_kernels.quant.weights import MODE_BITS, as_codes
+from kvrelay_kernels.quant.weights import MODE_BITS, as_codes, finest_group, quantize_weight
 
 ALIGNED = 8
 """Columns of a matrix are a multiple of it: 16 bytes."""
@@ -24,9 +25,11 @@ _ELEMENTS: dict[Element, Any] = {"float16": np.dtype(np.float16), "bfloat16": np
 
 
 class WeightLoader:
-    """Puts matrices on the device; codes and floats of another type are converted there.
+    """Puts matrices on the device; codes and floats are packed, converted and rounded there.
 
-    Affine codes become scale * code + bias in float32 and are then rounded once, in every mode.
+    Codes stay codes wherever all parts have them, or get them by the mode, and kernels know their form. Parts
+    of several widths take the widest, which loses nothing. Parts of which some are floats become elements all
+    together, and so do codes in mode `float`: scale * code + bias in float32, rounded once.
     """
 
     def __init__(self, element: Element, kernels: KernelCache) -> None:
@@ -45,17 +48,33 @@ class WeightLoader:
         n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
         if k % ALIGNED:
             raise FormatUnsupported(f"a matrix of {n} x {k}: on CUDA, columns are a multiple of {ALIGNED}")
-        weight = cupy.empty((n, k), np.uint16)
-        row = 0
-        for part in parts:
-            source = as_codes(part, MODE_BITS[mode]) if mode in MODE_BITS else part
-            self._put(source, weight[row : row + part.shape[0]])
-            row += part.shape[0]
+        weight: Any = self._coded(parts, mode)
+        if weight is None:
+            weight = cupy.empty((n, k), np.uint16)
+            row = 0
+            for part in parts:
+                self._put(part, weight[row : row + part.shape[0]])
+                row += part.shape[0]
         offsets = None
         if bias is not None:
             offsets = cupy.empty(n, np.uint16)
             self._put(np.asarray(bias, np.float32), offsets)
         return CudaLinear(weight, offsets)
+
+    def _coded(self, parts: Sequence[HostWeight], mode: WeightMode) -> CodedMatrix | None:
+        """The parts as one matrix of codes; None where they are to be elements."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        bits = MODE_BITS.get(mode)
+        kept = [isinstance(part, AffineWeight) and bits in (None, part.bits) for part in parts]
+        if mode == "float" or (bits is None and not all(kept)):
+            return None
+        coded = [_there(part) if bits is None else _as_codes(part, bits) for part in parts]
+        # What a file has is kept to the last bit; what is rounded here may have its scales rounded too.
+        matrix = pack_codes(coded, rounded=not any(kept))
+        del coded
+        cupy.get_default_memory_pool().free_all_blocks()  # many times the codes, as floats
+        return matrix
 
     def _put(self, source: Any, out: Any) -> None:
         """Convert a matrix or a vector into `out`, uint16 of the same size."""
@@ -63,7 +82,7 @@ class WeightLoader:
 
         if isinstance(source, AffineWeight):
             factors = [
-                cupy.asarray(np.ascontiguousarray(part, np.float32))
+                cupy.ascontiguousarray(cupy.asarray(part), np.float32)
                 for part in (source.scales, source.biases)
             ]
             self._convert(_CODES, cupy.asarray(source.codes), out, factors, source.group)
@@ -84,6 +103,33 @@ class WeightLoader:
         kernel = self._kernels.load(key, 0)
         blocks = -(-out.size // (4 * THREADS))
         kernel((blocks,), (THREADS,), (source, *factors, np.int32(group), np.int64(out.size), out))
+
+
+def _there(part: Any) -> AffineWeight:
+    """Codes on the device."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    codes, scales, biases = map(cupy.asarray, (part.codes, part.scales, part.biases))
+    return AffineWeight(codes, scales, biases, part.bits)
+
+
+def _as_codes(part: HostWeight, bits: int) -> AffineWeight:
+    """`as_codes` on the device, floats rounded there. Raises FormatUnsupported where no group fits."""
+    if isinstance(part, AffineWeight):
+        return _there(as_codes(part, bits))
+    return quantize_weight(_floats(part), bits, finest_group(part.shape[1]))
+
+
+def _floats(part: NDArray[Any]) -> Any:
+    """Floats of any width as float32 on the device."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    if part.dtype.itemsize == 4:
+        return cupy.asarray(part)
+    bits = cupy.asarray(part.view(np.uint16))
+    if part.dtype == np.float16:
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def convert_key(kind: int, element: Element, arch: str) -> KernelKey:

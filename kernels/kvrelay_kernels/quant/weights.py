@@ -92,9 +92,12 @@ def as_codes(part: NDArray[Any] | AffineWeight, bits: int) -> AffineWeight:
     if isinstance(part, AffineWeight) and part.bits == bits:
         return part
     values = part.dequantize() if isinstance(part, AffineWeight) else np.asarray(part, np.float32)
-    fitting = [group for group in WEIGHT_GROUPS if values.shape[1] % group == 0]
-    if not fitting:
-        raise FormatUnsupported(
-            f"{values.shape[1]} columns: no group of {WEIGHT_GROUPS} divides them; use mode float"
-        )
-    return quantize_weight(values, bits, fitting[0])
+    return quantize_weight(values, bits, finest_group(values.shape[1]))
+
+
+def finest_group(columns: int) -> int:
+    """The group in which floats are rounded. Raises FormatUnsupported where none divides the columns."""
+    for group in WEIGHT_GROUPS:
+        if columns % group == 0:
+            return group
+    raise FormatUnsupported(f"{columns} columns: no group of {WEIGHT_GROUPS} divides them; use mode float")

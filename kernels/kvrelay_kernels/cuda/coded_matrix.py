@@ -1,0 +1,132 @@
+"""Matrices of 4- and 8-bit codes in the order in which lanes read them (`sources/coded_matrix.cuh`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvrelay_kernels.quant import AffineWeight
+from kvrelay_kernels.quant.weights import concatenate
+
+TILE_ROWS = 16
+UNIT_COLUMNS = 64
+GROUPS = (16, 32, 64)
+BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for that reads a matrix."""
+
+    bits: int
+    """Of a code; 16: elements, row by row."""
+    group: int = UNIT_COLUMNS
+    wide: bool = False
+    """Scales and biases are float32."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Macros of the kernel's source."""
+        return {"BITS": self.bits, "GROUP": self.group, "WIDE_FACTORS": int(self.wide)}
+
+    @property
+    def factor_words(self) -> int:
+        """Words of scales and biases that go with a lane's codes of 16 rows x 64 columns."""
+        return 0 if self.bits == 16 else 2 * UNIT_COLUMNS // self.group * (2 if self.wide else 1)
+
+
+ELEMENTS = Form(16)
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix `[n, k]` of `scale * code + bias`, in NumPy or CuPy; zeros where it fills no tile or unit.
+
+    `codes` is uint8 `[tiles, units, 128 * bits]`, tiles of 16 rows, units of 64 columns. `factors` is
+    `[tiles, units, row % 8, groups of a unit, row / 8, 2]`: scale and bias, float16 or float32.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    codes: Any
+    factors: Any
+
+    @property
+    def form(self) -> Form:
+        """What its kernels are compiled for."""
+        return Form(self.bits, self.group, self.factors.dtype == np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.codes.nbytes + self.factors.nbytes)
+
+
+def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMatrix | None:
+    """The parts below each other, at their widest codes and finest group; None where no kernel reads that.
+
+    Codes of up to 4 bits are kept in 4, others in 8; a group that 64 divides is cut into groups of 64.
+    Scales and biases become float16 if that loses nothing, or if they may be `rounded`: then a value moves
+    by at most 2^-12 of its scale * code and of its bias, as it would in a matrix of float16 elements. In
+    that case they must lie within float16's normal range or be 0, else they stay float32.
+    """
+    whole = concatenate(list(parts))
+    if whole.group % UNIT_COLUMNS == 0:
+        whole = whole.regroup(UNIT_COLUMNS)
+    if whole.group not in GROUPS or not 1 <= whole.bits <= max(BITS):
+        return None
+    bits = 4 if whole.bits <= 4 else 8
+    factors = [_tiled(part, UNIT_COLUMNS // whole.group) for part in (whole.scales, whole.biases)]
+    kind = np.float16 if all(_fits(part, rounded) for part in factors) else np.float32
+    both = np.stack([part.astype(kind) for part in factors], axis=-1).copy(order="C")
+    return CodedMatrix(whole.shape, bits, whole.group, _in_lanes(whole.codes, bits, whole.group), both)
+
+
+def _fits(factors: Any, rounded: bool) -> bool:
+    """Whether float16 has these values."""
+    with np.errstate(over="ignore"):
+        if not rounded:
+            return bool((factors.astype(np.float16).astype(np.float32) == factors).all())
+    sizes = abs(factors)
+    limits = np.finfo(np.float16)
+    return bool((((sizes >= limits.smallest_normal) & (sizes <= limits.max)) | (sizes == 0)).all())
+
+
+def _padded(values: Any, rows: int, columns: int) -> Any:
+    """`[n, m]` with zeros up to multiples of `rows` and `columns`."""
+    n, m = values.shape
+    whole = np.zeros_like(values, shape=(-(-n // rows) * rows, -(-m // columns) * columns))
+    whole[:n, :m] = values
+    return whole
+
+
+def _tiled(factors: Any, groups: int) -> Any:
+    """`[n, k / group]` as `[tiles, units, row % 8, groups, row / 8]`."""
+    whole = _padded(factors, TILE_ROWS, groups)
+    parts = whole.reshape(len(whole) // TILE_ROWS, 2, 8, -1, groups)
+    return parts.transpose(0, 3, 2, 4, 1)
+
+
+def _in_lanes(codes: Any, bits: int, group: int) -> Any:
+    """`[n, k]` as `[tiles, units, bytes]`, each lane's words 16 bytes at a time.
+
+    Lane 4 g + t has rows g and g + 8. Its four columns of a step lie at bits 0, 16, 8 and 24 of a word: two
+    and two are neighbours in operands. With 4 bits the lower row is in the upper half of each byte; with 8
+    bits a step has a word for each row.
+    """
+    whole = _padded(codes, TILE_ROWS, UNIT_COLUMNS)
+    tiles, units = len(whole) // TILE_ROWS, whole.shape[1] // UNIT_COLUMNS
+    if group == 16:
+        parts = whole.reshape(tiles, 2, 8, units, 4, 4, 2, 2)  # step, t, pair, column
+        parts = parts.transpose(0, 3, 2, 5, 4, 1, 7, 6)
+    else:
+        parts = whole.reshape(tiles, 2, 8, units, 2, 4, 2, 2, 2)  # step / 2, t, step % 2, pair, column
+        parts = parts.transpose(0, 3, 2, 5, 4, 6, 1, 8, 7)
+    parts = parts.reshape(tiles, units, 32, 4, 2, 4)  # lane, step, row / 8, byte
+    if bits == 4:
+        packed = parts[..., 0, :] | parts[..., 1, :] << 4
+    else:
+        packed = parts.reshape(tiles, units, 32, 2, 16).transpose(0, 1, 3, 2, 4)
+    return packed.copy(order="C").reshape(tiles, units, -1)

@@ -1,0 +1,51 @@
+// A matrix of 4- or 8-bit codes in the order in which a warp's lanes hold it as operand of the matrix instruction.
+//
+// Tiles of 16 rows, units of 64 columns. A unit is four steps of m16n8k16; lane l = 4g + t has rows g and g + 8, and four
+// columns a step. Which columns a step takes is free, as long as the other operand takes the same and no step crosses a
+// group: a lane's are `run` neighbours, so that it reads activations 16 bytes at a time. `cuda/coded_matrix.py` packs.
+#pragma once
+#include "primitives.cuh"
+
+constexpr int bits = BITS;    // of a code; 16: elements, row by row, and nothing of this file
+constexpr int group = GROUP;  // columns that share a scale and a bias: 16, 32 or 64
+constexpr bool coded = bits < 16;
+
+constexpr int tile_rows = 16, unit_columns = 64, unit_steps = 4;
+constexpr int run = coded && group == 16 ? 4 : 8;
+constexpr int unit_groups = coded ? unit_columns / group : 1;
+constexpr int unit_code_bytes = tile_rows * unit_columns * bits / 8;
+
+// Scale and bias of one group of a row: halves where that loses nothing.
+#if WIDE_FACTORS
+using Factors = uint2;
+DEVICE float scale_of(Factors f) { return __uint_as_float(f.x); }
+DEVICE float bias_of(Factors f) { return __uint_as_float(f.y); }
+#else
+using Factors = u32;
+DEVICE float scale_of(Factors f) { return low_half(f); }
+DEVICE float bias_of(Factors f) { return high_half(f); }
+#endif
+constexpr int unit_factors = tile_rows * unit_groups;  // [row % 8][group][row / 8]
+
+struct CodedMatrix {
+    const u8* codes;
+    const Factors* factors;
+    int units;  // of a row
+
+    // Values of a row at columns k to k + 3; k is a multiple of 4.
+    DEVICE void values(float (&x)[4], int row, int k) const {
+        const int g = row % 8, upper = row / 8 % 2, column = k % unit_columns;
+        const int step = run == 8 ? column / 32 * 2 + column % 8 / 4 : column / 16;
+        const int lane = 4 * g + (run == 8 ? column % 32 / 8 : column % 16 / 4);
+        const u64 unit = (u64)(row / tile_rows) * units + k / unit_columns;
+        const u32* words = reinterpret_cast<const u32*>(codes + unit * unit_code_bytes);
+        const Factors f = __ldg(factors + unit * unit_factors + (g * unit_groups + column / group) * 2 + upper);
+        const u32 word = bits == 4 ? __ldg(words + 4 * lane + step) >> 4 * upper
+                                   : __ldg(words + step / 2 * 128 + 4 * lane + step % 2 * 2 + upper);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 code = word >> (8 * (i / 2) + 16 * (i % 2)) & ((1 << bits) - 1);
+            x[i] = __fadd_rn(__fmul_rn(float(code), scale_of(f)), bias_of(f));
+        }
+    }
+};

@@ -1,0 +1,178 @@
+"""Products of few rows on the GPU at the shapes of real models: accuracy, bits, and capture."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
+from kvrelay_kernels.cuda.decode_attention import Element16
+from kvrelay_kernels.cuda.device import find_gpu
+from kvrelay_kernels.cuda.few_rows import FewRows
+from kvrelay_kernels.cuda.module import KernelCache
+from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.quant.weights import as_codes, quantize_weight
+from model_runtime.steps import sequence_steps
+from tests.gpu.paged_cache import DTYPES
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, poisoned, to_device, to_host
+
+SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
+WEIGHTS = ["int4", "int8", "int8-g16", "16"]
+CODED: list[tuple[WeightMode, int]] = [("int4", 4), ("int8", 8)]
+
+
+@pytest.fixture(params=["float16", "bfloat16"])
+def element(request: pytest.FixtureRequest) -> Element16:
+    """Both element types."""
+    return request.param
+
+
+@pytest.fixture
+def backend(cupy: Any, element: Element16) -> PoisonedCudaBackend:
+    """A backend of that type."""
+    return poisoned(element)
+
+
+@pytest.fixture
+def few(cupy: Any, element: Element16, kernels: KernelCache) -> FewRows:
+    """The kernels alone, also for 16-bit weights."""
+    return FewRows(element, kernels, find_gpu().processors)
+
+
+def load(backend: PoisonedCudaBackend, name: str, n: int, k: int) -> Any:
+    """A weight of variance 1 / k in a form."""
+    values = np.random.default_rng(n + k).standard_normal((n, k), np.float32) / np.float32(np.sqrt(k))
+    mode: WeightMode = "auto"
+    if name == "int8-g16":
+        return backend.load_linear([quantize_weight(values, 6, 16)], mode).weight
+    modes: dict[str, WeightMode] = {"int4": "int4", "int8": "int8", "16": "float"}
+    return backend.load_linear([values], modes[name]).weight
+
+
+def values_of(backend: PoisonedCudaBackend, weight: Any, element: str) -> NDArray[np.float64]:
+    """What a weight stands for, in elements: one row after the other, by `embed`."""
+    n, k = weight.shape
+    if not isinstance(weight, CodedMatrix):
+        return to_host(weight, element).astype(np.float64)
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    out = cupy.empty((n, k), np.float32)
+    backend._rows.embed(weight, cupy.arange(n, dtype=np.int32), 1.0, out)  # pyright: ignore[reportPrivateUsage]
+    return out.get().astype(np.float64)
+
+
+def run(few: FewRows, x: Any, weight: Any, kind: Any = np.uint16) -> Any:
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    out = cupy.full((len(x), weight.shape[0]), np.nan if kind == np.float32 else 0xFFFF, kind)
+    few(x, weight, None, out)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_real_shapes(
+    cupy: Any,
+    backend: PoisonedCudaBackend,
+    few: FewRows,
+    element: Element16,
+    name: str,
+    shape: tuple[int, int],
+) -> None:
+    """Against float64, for every tiling of rows; a row's bits are the same in each, and each time."""
+    weight = load(backend, name, *shape)
+    values = values_of(backend, weight, element)
+    x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
+    there = to_device(x, element)
+    sums = run(few, there, weight, np.float32)
+    assert error(sums.get(), x.astype(np.float64) @ values.T) < 2.0**-14
+    whole = run(few, there, weight)
+    assert error(to_host(whole, element), x.astype(np.float64) @ values.T) < UNIT[element]
+    for start, count in ((0, 1), (3, 8), (5, 9), (10, 17), (1, 33), (6, 64), (0, 70)):
+        part = cupy.ascontiguousarray(there[start : start + count])
+        assert bool((run(few, part, weight) == whole[start : start + count]).all()), f"{count} rows"
+
+
+def test_codes_take_no_more_memory_than_they_say(cupy: Any, backend: PoisonedCudaBackend) -> None:
+    weight = load(backend, "int4", 4096, 4096)
+    assert weight.factors.dtype == np.float16
+    assert weight.nbytes == 4096 * 4096 * 5 // 8
+
+
+def test_rounding_on_the_device_is_that_of_the_host(backend: PoisonedCudaBackend, element: Element16) -> None:
+    values = np.random.default_rng(2).standard_normal((48, 192)).astype(np.float32)
+    for kind in (np.float32, DTYPES["float16"], DTYPES["bfloat16"]):
+        part = values.astype(kind)
+        for mode, bits in CODED:
+            weight = backend.load_linear([part], mode).weight
+            wanted = as_codes(part, bits)
+            same = backend.load_linear([wanted], "auto").weight
+            assert np.array_equal(weight.codes.get(), same.codes.get())
+            assert (
+                error(values_of(backend, weight, element), wanted.dequantize().astype(np.float64)) < 2.0**-11
+            )
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 129, 300])
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_products_of_codes_with_any_number_of_rows(
+    cupy: Any, backend: PoisonedCudaBackend, element: Element16, mode: WeightMode, rows: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    parts = [rng.standard_normal((n, 512)).astype(np.float32) for n in (640, 96)]
+    bias = rng.standard_normal(736).astype(np.float32)
+    linear = backend.load_linear(parts, mode, bias)
+    values = values_of(backend, linear.weight, element)
+    x = rng.standard_normal((rows, 512)).astype(DTYPES[element])
+    wanted = x.astype(np.float64) @ values.T
+    batches = [sequence_steps([rows], [0])[0], sequence_steps([1] * rows, [0] * rows)[0], None]
+    for batch in batches:
+        found = to_host(backend.linear(to_device(x, element), linear, batch), element)
+        assert error(found, wanted + bias) < 2 * UNIT[element]
+    logits = backend.logits(
+        to_device(x, element), backend.load_linear(parts, mode), np.arange(rows, dtype=np.int32)
+    )
+    assert error(logits, wanted) < 2.0**-13
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_inside_a_graph(
+    cupy: Any, backend: PoisonedCudaBackend, few: FewRows, element: Element16, name: str
+) -> None:
+    weight = load(backend, name, 4096, 2560)
+    rng = np.random.default_rng(3)
+    x = to_device(rng.standard_normal((8, 2560)), element)
+    out = cupy.zeros((8, 4096), np.uint16)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        few(x, weight, None, out)
+        stream.synchronize()
+        stream.begin_capture()
+        few(x, weight, None, out)
+        graph = stream.end_capture()
+        for _ in range(3):
+            x[...] = to_device(rng.standard_normal((8, 2560)), element)
+            out.data.memset_async(0xFF, out.nbytes, stream)
+            graph.launch(stream)
+            stream.synchronize()
+            assert bool((out == run(few, x, weight)).all())
+
+
+def test_prompts_and_other_rows_keep_their_bits_side_by_side(
+    cupy: Any, backend: PoisonedCudaBackend, element: Element16
+) -> None:
+    """In a step of both, each row is what it is in a step of its own kind, whatever its length."""
+    rng = np.random.default_rng(4)
+    linear = backend.load_linear([rng.standard_normal((640, 512)).astype(np.float32)], "int4")
+    x = to_device(rng.standard_normal((113, 512)), element)
+    counts, read = [100, 1, 1, 1, 5, 1, 4], np.array([True, False, False, True, True, False, True])
+    mixed, _ = sequence_steps(counts, [0] * 7)
+    found = backend.linear(x, linear, dataclasses.replace(mixed, read=read))
+    singles = cupy.ascontiguousarray(x[[100, 101, 108]])
+    apart = backend.linear(singles, linear, sequence_steps([1] * 3, [0] * 3)[0])
+    assert bool((found[[100, 101, 108]] == apart).all())
+    whole = backend.linear(x, linear, sequence_steps([113], [0])[0])
+    prompts = [*range(100), *range(102, 108), *range(109, 113)]
+    assert bool((found[prompts] == whole[prompts]).all())
