@@ -27,9 +27,9 @@ from kvrelay_kernels.block_mask import TILE, BlockMask
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import Uploads, upload_batch
 from kvrelay_kernels.cuda.device import find_gpu
-from kvrelay_kernels.cuda.module import KernelCache
+from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.prefill_attention import PrefillAttention
-from kvrelay_kernels.cuda.prefill_attention_route import Route
+from kvrelay_kernels.cuda.prefill_attention_route import HOPPER, Route
 from kvrelay_kernels.interface import AttentionSpec, StepBatch
 from kvrelay_kernels.plans import PlanStore
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
@@ -293,9 +293,9 @@ def main() -> None:
     head |= {"device": properties["name"].decode(), "driver": cupy.cuda.runtime.driverGetVersion()}
     rows: list[dict[str, Any]] = []
     print(f"{'case':36} {'contender':24}   replay    plain    least     most TFLOP/s error")
+    own: list[Route] = ["sparse", "sparse_mma"] if device_arch() == HOPPER else ["sparse_mma"]
     for case in all_cases()[: 5 if options.quick else None]:
-        routes: list[Route] = ["sparse"] if case.mask else ["sparse", "cudnn"]
-        row = Bench(case, kernels, stream).run(routes)
+        row = Bench(case, kernels, stream).run(own if case.mask else [*own, "cudnn"])
         rows.append(row)
         for one in row["contenders"]:
             plain, replay = one["plain_ms"], one["replay_ms"] or {"median": float("nan")}

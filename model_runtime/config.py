@@ -6,6 +6,24 @@ from typing import Literal
 import xxhash
 
 from kvrelay_kernels.interface import Activation
+from kvrelay_kernels.quant.formats import Element
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+BFLOAT16_FAMILIES: tuple[Family, ...] = ("qwen2", "qwen3", "gemma3")
+"""Published in bfloat16 throughout; activations of some members exceed float16's 65504."""
+GEMMA3_270M_HIDDEN = 640
+
+
+def element_of(family: Family, hidden: int, stored: str | None = None) -> Element:
+    """The 16-bit type to compute in: the one a checkpoint was `stored` in, where its files say so.
+
+    Otherwise it is the family's: bfloat16 where float16 may overflow, and else float16, which has three bits
+    more. Gemma 3 270M stays below 25000 beside the residual stream, and float16 holds it.
+    """
+    if stored in ("float16", "bfloat16"):
+        return stored
+    small = family == "gemma3" and hidden <= GEMMA3_270M_HIDDEN
+    return "bfloat16" if family in BFLOAT16_FAMILIES and not small else "float16"
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,7 @@ class ModelConfig:
     """One decoder for the Llama, Mistral, Qwen2, Qwen3 and Gemma 3 families."""
 
     name: str
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+    family: Family
     vocabulary: int
     hidden: int
     layers: int
@@ -52,6 +70,8 @@ class ModelConfig:
     bos_id: int | None
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    element: Element = "float16"
+    """16-bit type to compute in, where a backend computes in 16 bit."""
     fingerprint: str = ""
     """Hash of the weight files: two workers serve the same model only if theirs agree."""
 

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
 from kvrelay_kernels.quant import AffineWeight
-from model_runtime.config import ModelConfig, RopeScaling
+from model_runtime.config import Family, ModelConfig, RopeScaling, element_of
 from model_runtime.gguf import GgufFile
 from model_runtime.gguf_vocabulary import build_tokenizer, control_tokens
 from model_runtime.weights import (
@@ -108,9 +109,10 @@ def _config(file: GgufFile) -> ModelConfig:
     scale_dim = hidden // heads if gemma and layers == GEMMA3_27B_LAYERS else head_dim
     if scale_dim < 1:
         raise ModelFileInvalid(f"{file.path.name}: head dimension {head_dim}")
+    family = cast(Family, "mistral" if arch == "llama" and any(windows) else arch)
     return ModelConfig(
         name=file.path.stem,
-        family="mistral" if arch == "llama" and any(windows) else arch,  # pyright: ignore[reportArgumentType]
+        family=family,
         vocabulary=embed.shape[0],
         hidden=hidden,
         layers=layers,
@@ -133,7 +135,13 @@ def _config(file: GgufFile) -> ModelConfig:
         tied_embeddings="output.weight" not in file.tensors,
         bos_id=_token(file, "bos"),
         stop_ids=_stop_ids(file),
+        element=element_of(family, hidden, "bfloat16" if _holds_bfloat16(file) else None),
     )
+
+
+def _holds_bfloat16(file: GgufFile) -> bool:
+    """Whether tensors were left in bfloat16; files that are quantized throughout do not tell."""
+    return any(tensor.type.name == "BF16" for tensor in file.tensors.values())
 
 
 def _windows(file: GgufFile, arch: str, layers: int) -> tuple[int | None, ...]:

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import Activation
-from model_runtime.config import ModelConfig, RopeScaling
+from model_runtime.config import Family, ModelConfig, RopeScaling, element_of
 from model_runtime.fields import Fields
 from model_runtime.weights import MAX_LAYERS
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
 FAMILIES: Mapping[str, Family] = {
     "llama": "llama",
     "mistral": "mistral",
@@ -99,7 +98,13 @@ def parse_config(
                 }
             )
         ),
+        element=element_of(family, hidden, _stored_type(outer) or _stored_type(fields)),
     )
+
+
+def _stored_type(fields: Fields) -> str | None:
+    """The type of the weights, under the name that transformers 5 or 4 gives it."""
+    return fields.get("dtype", str, "") or fields.get("torch_dtype", str, "") or None
 
 
 def _ids(value: Any, source: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.quant.formats import Element
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,9 @@ class DecoderOptions:
     model: str
     """A path, known name or repo id, as `model_runtime.catalog.resolve` takes it."""
     backend: str = "cpu"
+    element: Element | None = None
+    """What activations and an unquantized cache hold; None: on `cuda` the model's 16-bit type
+    (`ModelConfig.element`), elsewhere the backend's own."""
     threads: int = 2
     weights: WeightMode = "auto"
     kv_format: str = "int8"

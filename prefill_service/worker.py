@@ -95,6 +95,7 @@ class PrefillWorker:
             bytes_moved=metrics.bytes_moved,
             tiles_computed=tiles.computed,
             tiles_skipped=tiles.skipped,
+            attention_calls=dict(tiles.routes),
             memory_bytes=engine.pool.capacity * engine.arena.layers * engine.arena.layout.block_bytes,
             backend=engine.decoder.backend.name,
             requests=metrics.requests,

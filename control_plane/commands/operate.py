@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -98,7 +99,8 @@ def _row(worker: GetWorkerStatusResponse) -> list[str]:
 
 
 def _fields(message: Message) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+    found = {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
 
 def _as_json(found: GetStatusResponse) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _as_json(found: GetStatusResponse) -> dict[str, Any]:
     workers = [
         _fields(worker)
         | {
-            "plans": _fields(worker.plans) | {"hits": dict(worker.plans.hits)},
+            "plans": _fields(worker.plans),
             "pool": Pool.Name(worker.pool).removeprefix("POOL_").lower(),
             "state": WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower(),
         }

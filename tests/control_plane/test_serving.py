@@ -88,6 +88,7 @@ def test_status_shows_both_pools(served: Served) -> None:
         ("decode-0", "ready"),
     ]
     assert [one["plans"]["hits"] for one in found["workers"]] == [{}, {}]  # the cpu backend compiles none
+    assert [one["attention_calls"] for one in found["workers"]] == [{}, {}]  # and has one way to attend
     assert "prefill-0" in kvrelay("status", "--address", served.client.address)
 
 

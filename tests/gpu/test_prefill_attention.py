@@ -9,42 +9,55 @@ from kvrelay_kernels.block_mask import BlockMask
 from kvrelay_kernels.cuda.batch import Uploads, upload_batch
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.cuda.prefill_attention_route import HOPPER, Route
 from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.quant.formats import SCHEMES
 from tests.gpu.prompt_case import POISON, Case, arena_of, check, exact, make_case, new_attention, run
 
 HEADS = {64: (9, 3, 64), 96: (12, 4, 96), 128: (32, 8, 128), 256: (16, 2, 256)}
-FORMATS = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]
+FORMATS = ["none", "int8-g32", "int4-g32", *SCHEMES]
 RAGGED = [(700, 700), (10, 64), (1, 1), (129, 129), (500, 1337), (299, 300), (1, 2000), (128, 256)]
 
 
-@pytest.fixture(autouse=True)
-def hopper(cupy: Any) -> None:
-    if device_arch() != "sm_90a":
-        pytest.skip("the block-sparse kernel needs compute capability 9.0")
+@pytest.fixture(params=["sparse", "sparse_mma"])
+def route(cupy: Any, request: pytest.FixtureRequest) -> Route:
+    """The own kernels, as far as they run here."""
+    if request.param == "sparse" and device_arch() != HOPPER:
+        pytest.skip("this kernel needs compute capability 9.0")
+    return request.param
 
 
 @pytest.mark.parametrize("head_dim", HEADS)
 @pytest.mark.parametrize("element", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_ragged_prompts(cupy: Any, kernels: KernelCache, fmt: str, element: Element16, head_dim: int) -> None:
-    if head_dim == 96 and fmt.endswith("g64"):
-        pytest.skip("a group of 64 does not divide 96")
+def test_ragged_prompts(
+    cupy: Any, kernels: KernelCache, route: Route, fmt: str, element: Element16, head_dim: int
+) -> None:
     case = make_case(np.random.default_rng(), RAGGED, HEADS[head_dim], fmt, element)
-    check(cupy, new_attention(kernels, element), case)
+    check(cupy, new_attention(kernels, element, route), case)
+
+
+def test_the_portable_kernel_in_little_shared_memory(
+    cupy: Any, kernels: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As classes like 8.9 and 12.0 run it."""
+    monkeypatch.setattr("kvrelay_kernels.cuda.block_sparse_mma.shared_memory_limit", lambda: 99 << 10)
+    case = make_case(np.random.default_rng(), RAGGED, HEADS[256], window=300)
+    check(cupy, new_attention(kernels, "bfloat16", "sparse_mma"), case)
 
 
 @pytest.mark.parametrize("window", [1, 63, 512, 1024])
 @pytest.mark.parametrize(
     ("fmt", "head_dim"), [("none", 128), ("int8-g64", 128), ("int4-g32", 96), ("none", 256)]
 )
-def test_windows(cupy: Any, kernels: KernelCache, fmt: str, head_dim: int, window: int) -> None:
+def test_windows(cupy: Any, kernels: KernelCache, route: Route, fmt: str, head_dim: int, window: int) -> None:
     sequences = [*RAGGED, (900, 2500)]
     case = make_case(np.random.default_rng(), sequences, HEADS[head_dim], fmt, window=window)
-    check(cupy, new_attention(kernels, "bfloat16"), case)
+    check(cupy, new_attention(kernels, "bfloat16", route), case)
 
 
 @pytest.mark.parametrize("head_dim", HEADS)
-def test_masks_of_every_kind(cupy: Any, kernels: KernelCache, head_dim: int) -> None:
+def test_masks_of_every_kind(cupy: Any, kernels: KernelCache, route: Route, head_dim: int) -> None:
     rng = np.random.default_rng()
     sequences = [(700, 1500), (1111, 1111), (64, 900), (300, 2000), (513, 600)]
     starts = np.array([0, 50, 177, 640, 1025], np.int32)
@@ -58,45 +71,52 @@ def test_masks_of_every_kind(cupy: Any, kernels: KernelCache, head_dim: int) -> 
     for s in (1, 3, 4):
         masks[s] = masks[s].restricted(rng.random(masks[s].kinds.shape) < 0.6)
     case = make_case(rng, sequences, HEADS[head_dim])
-    check(cupy, new_attention(kernels, "bfloat16"), case, masks)
+    check(cupy, new_attention(kernels, "bfloat16", route), case, masks)
 
 
 @pytest.mark.parametrize(
     "heads", [(8, 8, 128), (16, 4, 64), (8, 1, 128), (5, 5, 64), (24, 2, 128), (4, 4, 256)]
 )
-def test_query_heads_per_kv_head(cupy: Any, kernels: KernelCache, heads: tuple[int, int, int]) -> None:
+def test_query_heads_per_kv_head(
+    cupy: Any, kernels: KernelCache, route: Route, heads: tuple[int, int, int]
+) -> None:
     case = make_case(np.random.default_rng(), RAGGED[:6], heads, "int8-g32")
-    check(cupy, new_attention(kernels, "bfloat16"), case)
+    check(cupy, new_attention(kernels, "bfloat16", route), case)
 
 
-def test_rows_without_keys_are_zero(cupy: Any, kernels: KernelCache) -> None:
+def test_rows_without_keys_are_zero(cupy: Any, kernels: KernelCache, route: Route) -> None:
     case = make_case(np.random.default_rng(), [(300, 300)])
     wanted = np.ones((3, 3), np.bool_)
     wanted[1] = False
     bits = run(
-        cupy, new_attention(kernels, "bfloat16"), case, {0: BlockMask.causal(300, 300).restricted(wanted)}
+        cupy,
+        new_attention(kernels, "bfloat16", route),
+        case,
+        {0: BlockMask.causal(300, 300).restricted(wanted)},
     )
     assert not bits[128:256].any()
     assert bits[:128].any()
 
 
 @pytest.mark.parametrize("fmt", ["none", "int8-g64"])
-def test_rows_of_decoding_sequences_stay_as_they_are(cupy: Any, kernels: KernelCache, fmt: str) -> None:
+def test_rows_of_decoding_sequences_stay_as_they_are(
+    cupy: Any, kernels: KernelCache, route: Route, fmt: str
+) -> None:
     sequences = [(1, 90), (200, 333), (1, 1), (1, 70), (65, 65), (1, 500)]
     read = [False, True, True, False, True, False]
     case = make_case(np.random.default_rng(), sequences, fmt=fmt, read=read)
-    check(cupy, new_attention(kernels, "bfloat16"), case)
+    check(cupy, new_attention(kernels, "bfloat16", route), case)
 
 
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize(
-    ("fmt", "head_dim"), [("none", 128), ("int8-g64", 128), ("int4-g64", 256), ("none", 64)]
+    ("fmt", "head_dim"), [("none", 128), ("int8-g64", 128), ("int4-g64", 256), ("none", 64), ("turbo3", 128)]
 )
 def test_a_row_has_the_same_bits_in_any_chunk(
-    cupy: Any, kernels: KernelCache, fmt: str, head_dim: int, window: int | None
+    cupy: Any, kernels: KernelCache, route: Route, fmt: str, head_dim: int, window: int | None
 ) -> None:
     whole = make_case(np.random.default_rng(), [(1500, 1500)], HEADS[head_dim], fmt, window=window)
-    attention = new_attention(kernels, "bfloat16")
+    attention = new_attention(kernels, "bfloat16", route)
     want = run(cupy, attention, whole)
     for begin, end in [(0, 137), (137, 138), (138, 700), (700, 1473), (1473, 1500)]:
         chunk = part_of(whole, begin, end)
@@ -119,41 +139,41 @@ def part_of(case: Case, begin: int, end: int) -> Case:
 
 
 @pytest.mark.parametrize("head_dim", HEADS)
-def test_same_input_same_bits(cupy: Any, kernels: KernelCache, head_dim: int) -> None:
+def test_same_input_same_bits(cupy: Any, kernels: KernelCache, route: Route, head_dim: int) -> None:
     case = make_case(np.random.default_rng(), RAGGED, HEADS[head_dim], "int8-g32")
-    attention, arena = new_attention(kernels, "bfloat16"), arena_of(cupy, case)
+    attention, arena = new_attention(kernels, "bfloat16", route), arena_of(cupy, case)
     first = run(cupy, attention, case, arena=arena)
     assert all(np.array_equal(run(cupy, attention, case, arena=arena), first) for _ in range(20))
 
 
 @pytest.mark.parametrize("fmt", ["none", "int4-g64"])
-def test_long_prompts(cupy: Any, kernels: KernelCache, fmt: str) -> None:
+def test_long_prompts(cupy: Any, kernels: KernelCache, route: Route, fmt: str) -> None:
     """Weighted sums of 32768 standard normal values nearly cancel: a lost bit shows here first."""
     case = make_case(np.random.default_rng(), [(2048, 32768), (4096, 4096)], (4, 1, 128), fmt)
-    check(cupy, new_attention(kernels, "bfloat16"), case, rows=32)
+    check(cupy, new_attention(kernels, "bfloat16", route), case, rows=32)
 
 
-def test_extreme_scores(cupy: Any, kernels: KernelCache) -> None:
+def test_extreme_scores(cupy: Any, kernels: KernelCache, route: Route) -> None:
     """Scores of thousands, falling and rising: the running maximum has to move many times."""
     case = make_case(np.random.default_rng(), [(600, 2000)], element="float16")
     case.q[:] *= 60
-    check(cupy, new_attention(kernels, "float16"), case, bound=5e-3)
+    check(cupy, new_attention(kernels, "float16", route), case, bound=5e-3)
 
 
-def test_nan_stays_in_its_sequence(cupy: Any, kernels: KernelCache) -> None:
+def test_nan_stays_in_its_sequence(cupy: Any, kernels: KernelCache, route: Route) -> None:
     case = make_case(np.random.default_rng(), [(200, 200), (150, 300)], element="float16")
     case.q[5] = np.nan
-    got = run(cupy, new_attention(kernels, "float16"), case).view(np.float16)
+    got = run(cupy, new_attention(kernels, "float16", route), case).view(np.float16)
     assert np.isnan(got[5]).all()
     assert np.isfinite(np.delete(got, 5, 0)).all()
     which, want = exact(cupy, case)[1]
     assert np.linalg.norm(got[200 + which].astype(np.float64) - want) / np.linalg.norm(want) < 1e-3
 
 
-def test_no_buffer_grows_with_the_prompts_served(cupy: Any, kernels: KernelCache) -> None:
+def test_no_buffer_grows_with_the_prompts_served(cupy: Any, kernels: KernelCache, route: Route) -> None:
     rng = np.random.default_rng()
     whole = make_case(rng, [(2000, 2000)], fmt="int8-g64")
-    attention, arena, uploads = new_attention(kernels, "bfloat16"), arena_of(cupy, whole), Uploads()
+    attention, arena, uploads = new_attention(kernels, "bfloat16", route), arena_of(cupy, whole), Uploads()
     q, out = cupy.asarray(whole.q.view(np.uint16)), cupy.full(whole.q.shape, POISON, np.uint16)
 
     def serve(rows: int, length: int) -> None:
@@ -171,15 +191,15 @@ def test_no_buffer_grows_with_the_prompts_served(cupy: Any, kernels: KernelCache
     assert pool.total_bytes() == before
 
 
-def test_refuses_what_it_cannot_run(cupy: Any, kernels: KernelCache) -> None:
+def test_refuses_what_it_cannot_run(cupy: Any, kernels: KernelCache, route: Route) -> None:
     case = make_case(np.random.default_rng(), [(10, 20)])
     with pytest.raises(ValueError, match="does not fit"):
-        run(cupy, new_attention(kernels, "bfloat16"), case, {0: BlockMask.causal(10, 21)})
+        run(cupy, new_attention(kernels, "bfloat16", route), case, {0: BlockMask.causal(10, 21)})
     with pytest.raises(FormatUnsupported, match="does not go with"):
-        run(cupy, new_attention(kernels, "float16"), case)
+        run(cupy, new_attention(kernels, "float16", route), case)
     with pytest.raises(FormatUnsupported, match="head dimensions"):
         run(
             cupy,
-            new_attention(kernels, "bfloat16"),
+            new_attention(kernels, "bfloat16", route),
             make_case(np.random.default_rng(), [(10, 20)], (2, 1, 160)),
         )

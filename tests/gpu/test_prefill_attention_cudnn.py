@@ -19,7 +19,7 @@ pytest.importorskip("cudnn", reason="cudnn-frontend is not installed", exc_type=
 
 @pytest.mark.parametrize("head_dim", HEADS)
 @pytest.mark.parametrize(
-    ("fmt", "element"), [("none", "bfloat16"), ("int8-g32", "float16"), ("int4-g32", "bfloat16")]
+    ("fmt", "element"), [("none", "bfloat16"), ("int8-g32", "float16"), ("turbo4", "bfloat16")]
 )
 def test_ragged_prompts(cupy: Any, kernels: KernelCache, fmt: str, element: Element16, head_dim: int) -> None:
     case = make_case(np.random.default_rng(), RAGGED, HEADS[head_dim], fmt, element)

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from kvrelay_kernels.cuda import survey as surveying
+from kvrelay_kernels.cuda.device import architecture
 from kvrelay_kernels.cuda.driver import Device, Driver, find_driver
-from kvrelay_kernels.cuda.survey import Found, Part, judge, look, survey
+from kvrelay_kernels.cuda.survey import Found, Part, cudnn_fault, judge, look, survey
+from kvrelay_kernels.errors import BackendUnavailable
 
 H200 = Device("NVIDIA H200", (9, 0), 132, 150_000_000_000)
 DRIVER = Driver((13, 0), "580.95.05", 0, (H200,))
-WHOLE = Found(DRIVER, "14.2.0", 13, (9, 19, 0), "1.32.0", (13, 1, 0), (13, 0))
+WHOLE = Found(DRIVER, "14.2.0", 13, (9, 19, 0), "1.32.0", (13, 1, 0), (13, 0), (80, 90, 100, 120))
+B200 = replace(DRIVER, devices=(replace(H200, name="NVIDIA B200", capability=(10, 0)),))
 
 
 def part(found: Found, name: str) -> Part:
@@ -41,8 +44,8 @@ def test_a_whole_machine_lacks_nothing() -> None:
         ({"driver": None}, "NVIDIA driver", "525 or later for CUDA 12 or 580 or later for CUDA 13"),
         ({"driver": replace(DRIVER, devices=())}, "GPU", "CUDA_VISIBLE_DEVICES"),
         ({"cupy": None}, "CuPy", "pip install 'kvrelay[cuda13]'"),
-        ({"cudnn": None}, "cuDNN", "pip install -U nvidia-cudnn-cu13"),
-        ({"frontend": None}, "cudnn-frontend", "nvidia-cudnn-frontend"),
+        ({"cudnn": None, "driver": B200}, "cuDNN", "slower kernels: pip install -U nvidia-cudnn-cu13"),
+        ({"frontend": None, "driver": B200}, "cudnn-frontend", "--no-deps nvidia-cudnn-frontend"),
         ({"cublas": None}, "cuBLASLt", "pip install 'kvrelay[cuda13]'"),
         ({"nvrtc": None}, "NVRTC", "pip install 'kvrelay[cuda13]'"),
     ],
@@ -65,8 +68,9 @@ def test_what_is_missing_is_named_with_what_to_install(
         ({"driver": replace(DRIVER, cuda=(12, 4))}, "NVRTC", "kvrelay[cuda12]"),
         ({"driver": replace(DRIVER, cuda=(12, 4))}, "cuBLASLt", "the driver serves 12"),
         ({"driver": replace(DRIVER, devices=(replace(H200, capability=(7, 5)),))}, "GPU", "need compute"),
-        ({"cudnn": (9, 10, 1)}, "cuDNN", "older than 9.10.2"),
-        ({"frontend": "1.9.0"}, "cudnn-frontend", "older than 1.15"),
+        ({"cudnn": (9, 10, 1), "driver": B200}, "cuDNN", "older than 9.10.2"),
+        ({"frontend": "1.9.0", "driver": B200}, "cudnn-frontend", "older than 1.15"),
+        ({"architectures": (80, 86)}, "NVRTC", r"9.0, which this NVRTC does not compile for (up to 8.6)"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_what_helps(change: dict[str, Any], name: str, advice: str) -> None:
@@ -76,10 +80,44 @@ def test_what_cannot_be_used_is_named_with_what_helps(change: dict[str, Any], na
     assert advice in (found.advice or "")
 
 
+@pytest.mark.parametrize("change", [{"cudnn": None}, {"cudnn": (9, 1, 0)}, {"frontend": None}])
+def test_cudnn_is_not_needed_where_prompts_never_take_it(change: dict[str, Any]) -> None:
+    found = part(replace(WHOLE, **change), "cudnn-frontend" if "frontend" in change else "cuDNN")
+    assert found.ok
+    assert found.advice == "used on compute capability 10.x alone"
+
+
+def test_versions_of_cudnn_that_prompts_cannot_use() -> None:
+    assert cudnn_fault((9, 19, 0), (1, 32, 0)) is None
+    assert "cuDNN 9.1.0 is older than 9.10.2: pip install" in (cudnn_fault((9, 1, 0), (1, 32)) or "")
+    assert "cudnn-frontend 1.9 is older" in (cudnn_fault((9, 19, 0), (1, 9)) or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "wanted"),
+    [
+        ((9, 0), (80, 90, 100), "sm_90a"),
+        ((8, 0), (80, 86, 90), "sm_80"),
+        ((8, 9), (80, 86, 90), "sm_86"),
+        ((12, 1), (90, 100, 120), "sm_120"),
+        ((10, 3), (100, 103, 110), "sm_103"),
+    ],
+)
+def test_what_to_compile_for(capability: tuple[int, int], known: tuple[int, ...], wanted: str) -> None:
+    assert architecture(capability, known) == wanted
+
+
+@pytest.mark.parametrize("known", [(80, 90, 121), (90,), ()])
+def test_a_class_that_the_compiler_does_not_know(known: tuple[int, ...]) -> None:
+    with pytest.raises(BackendUnavailable, match=r"12\.0, which this NVRTC .*pip install -U nvidia-cuda"):
+        architecture((12, 0), known)
+
+
 def test_an_older_cuda_gets_its_own_wheels() -> None:
-    twelve = replace(WHOLE, driver=replace(DRIVER, cuda=(12, 8)), cupy=None, cudnn=None)
+    served = replace(B200, cuda=(12, 8))
+    twelve = replace(WHOLE, driver=served, cupy=None, cudnn=None)
     assert part(twelve, "CuPy").advice == "pip install 'kvrelay[cuda12]'"
-    assert part(twelve, "cuDNN").advice == "pip install -U nvidia-cudnn-cu12"
+    assert (part(twelve, "cuDNN").advice or "").endswith("pip install -U nvidia-cudnn-cu12")
     fitting = replace(WHOLE, driver=replace(DRIVER, cuda=(13, 1)), cupy_cuda=12, cublas=(12, 9, 1))
     assert part(fitting, "CuPy").ok
     assert part(fitting, "cuBLASLt").ok

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from kvrelay_kernels.block_mask import TILE, BlockMask
 from kvrelay_kernels.cuda.block_sparse import SparseProblem
 from kvrelay_kernels.cuda.cudnn_attention import CudnnProblem, bucket, pad_step
-from kvrelay_kernels.cuda.prefill_attention_route import choose_route
 from kvrelay_kernels.cuda.prefill_attention_step import lay_out_step, prompt_masks
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec, StepBatch
@@ -140,15 +139,6 @@ def test_plans_are_told_apart_by_all_that_decides_them() -> None:
     keys = [key(), key(64), key(65), key(fmt="float16"), key(blocks=65), key(rows=256), key(scale=0.2)]
     assert len(set(keys)) == len(keys)
     assert key() == key()
-
-
-def test_routes() -> None:
-    assert choose_route("sm_90a", False) == choose_route("sm_90a", True) == "sparse"
-    assert choose_route("sm_90a", False, "cudnn") == choose_route("sm_80", False) == "cudnn"
-    with pytest.raises(FormatUnsupported, match="no masks by tiles"):
-        choose_route("sm_100", True)
-    with pytest.raises(FormatUnsupported, match=r"9\.0, not sm_80"):
-        choose_route("sm_80", False, "sparse")
 
 
 def test_problems_that_no_kernel_runs() -> None:

@@ -1,6 +1,7 @@
 """Launcher of the block-sparse prefill kernel (`sources/block_sparse.cu`): Hopper only."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,15 +57,27 @@ class SparseProblem:
 
 
 class BlockMaps:
-    """Keys and values of 16-bit blocks, as the copy engine sees them."""
+    """Keys and values of 16-bit blocks: where they lie, and how Hopper's copy engine sees them."""
 
     def __init__(self, layout: BlockLayout, address: int, blocks: int) -> None:
         """`blocks` blocks of an unquantized `layout` behind each other, from `address` on."""
-        shape = (layout.kv_heads, BLOCK_TOKENS, layout.head_dim)
-        self.keys, self.values = (
-            block_map(address + layout.frame(name).offset, blocks, layout.block_bytes, shape)
-            for name in ("k_values", "v_values")
-        )
+        self._layout, self._blocks = layout, blocks
+        self.key_address = address + layout.frame("k_values").offset
+        self.value_address = address + layout.frame("v_values").offset
+
+    @cached_property
+    def keys(self) -> Any:
+        """The tensor map of the keys. Raises KernelError where the driver refuses."""
+        return self._map(self.key_address)
+
+    @cached_property
+    def values(self) -> Any:
+        """As `keys`."""
+        return self._map(self.value_address)
+
+    def _map(self, address: int) -> Any:
+        shape = (self._layout.kv_heads, BLOCK_TOKENS, self._layout.head_dim)
+        return block_map(address, self._blocks, self._layout.block_bytes, shape)
 
 
 class BlockSparse:

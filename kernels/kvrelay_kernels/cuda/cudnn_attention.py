@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cuda.survey import cudnn_fault, numbers, spoken
 from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec, StepBatch
-from kvrelay_kernels.plans import DeviceClass, GraphKey, MaskKey, PlanCache, PlanStore, TensorKey
+from kvrelay_kernels.plans import DeviceClass, GraphKey, MaskKey, PlanCache, PlanCounts, PlanStore, TensorKey
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 
 PLANS = 64
@@ -86,6 +87,16 @@ class CudnnProblem:
     most_keys: int
 
     @property
+    def ragged(self) -> bool:
+        """Whether sequences bring different numbers of rows: single rows lie one behind the other."""
+        return self.most_rows > 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether a row does not see all keys of its sequence; a single one does, but for a window."""
+        return self.ragged or self.spec.window is not None
+
+    @property
     def tensors(self) -> dict[int, TensorKey]:
         """Dims and strides of everything that goes in and out, by number."""
         spec, layout, n = self.spec, self.layout, self.sequences
@@ -97,6 +108,7 @@ class CudnnProblem:
         cache_strides = (layout.block_bytes // 2, BLOCK_TOKENS * spec.head_dim, spec.head_dim, 1)
         width = self.most_keys // BLOCK_TOKENS
         ones = (1, 1, 1, 1)
+        offsets = {_OFFSETS: TensorKey("offsets", "int32", (n + 1, 1, 1, 1), ones)} if self.ragged else {}
         return {
             _Q: TensorKey("q", element, queries, query_strides),
             _K: TensorKey("k", element, cache, cache_strides),
@@ -105,12 +117,11 @@ class CudnnProblem:
             _ROWS: TensorKey("rows", "int32", (n, 1, 1, 1), ones),
             _KEYS: TensorKey("keys", "int32", (n, 1, 1, 1), ones),
             _TABLES: TensorKey("tables", "int32", (n, 1, width, 1), (width, width, 1, 1)),
-            _OFFSETS: TensorKey("offsets", "int32", (n + 1, 1, 1, 1), ones),
-        }
+        } | offsets
 
     def graph_key(self, device: DeviceClass, libraries: dict[str, str]) -> GraphKey:
         """Everything that decides the plan."""
-        mask = MaskKey("bottom_right", self.spec.window, padding=True)
+        mask = MaskKey("bottom_right" if self.masked else "none", self.spec.window, padding=True)
         return GraphKey.of(
             "cudnn.sdpa",
             device,
@@ -125,7 +136,7 @@ class CudnnAttention:
     """Causal attention, with or without a window, of prompts of any lengths in one call."""
 
     def __init__(self, plans: PlanStore, device: DeviceClass) -> None:
-        """Raises BackendUnavailable where cudnn-frontend or cuDNN is missing."""
+        """Raises BackendUnavailable where cudnn-frontend or cuDNN is missing or too old."""
         try:
             import cudnn  # pyright: ignore[reportMissingImports]
 
@@ -134,11 +145,21 @@ class CudnnAttention:
             raise BackendUnavailable(
                 f"cuDNN is missing ({error}): pip install 'kvrelay[cuda13]' or 'kvrelay[cuda12]'"
             ) from error
+        fault = cudnn_fault(spoken(cudnn.backend_version()), numbers(cudnn.__version__))
+        if fault is not None:
+            raise BackendUnavailable(fault)
         self._cudnn = cudnn
         self._device = device
         self._libraries = {"cudnn": str(cudnn.backend_version()), "cudnn-frontend": cudnn.__version__}
         self._plans: PlanCache[Any] = PlanCache(plans, PLANS)
         self._workspace: Any = None
+        self._outgrown: list[Any] = []
+        """Smaller workspaces, which recorded steps go on working in."""
+
+    @property
+    def plan_counts(self) -> PlanCounts:
+        """How plans were come by since the start."""
+        return self._plans.counts
 
     def __call__(
         self, problem: CudnnProblem, q: Any, out: Any, keys: int, values: int, step: Sequence[Any]
@@ -151,7 +172,7 @@ class CudnnAttention:
             out: as `q`.
             keys: address of the first block's keys.
             values: address of its values.
-            step: the arrays of a `CudnnStep`, on the device.
+            step: the arrays of a `CudnnStep`, on the device; None for the offsets where rows are single.
 
         Raises:
             FormatUnsupported: cuDNN has no kernel for it here.
@@ -167,19 +188,13 @@ class CudnnAttention:
         graph = plan.value
         size = max(1, graph.get_workspace_size())
         if self._workspace is None or self._workspace.size < size:
+            self._outgrown.append(self._workspace)
             self._workspace = cupy.empty(size, np.uint8)
         self._cudnn.set_stream(stream=cupy.cuda.get_current_stream().ptr, handle=self._handle)
-        rows, lengths, offsets, tables = (array.data.ptr for array in step)
-        addresses = {
-            _Q: q.data.ptr,
-            _K: keys,
-            _V: values,
-            _OUT: out.data.ptr,
-            _ROWS: rows,
-            _KEYS: lengths,
-            _TABLES: tables,
-            _OFFSETS: offsets,
-        }
+        addresses = {_Q: q.data.ptr, _K: keys, _V: values, _OUT: out.data.ptr}
+        for number, array in zip((_ROWS, _KEYS, _OFFSETS, _TABLES), step, strict=True):
+            if array is not None:
+                addresses[number] = array.data.ptr
         graph.execute(addresses, self._workspace.data.ptr, handle=self._handle)
 
     def _load(self, stored: bytes) -> Any:
@@ -211,8 +226,16 @@ class CudnnAttention:
             for number, key in keys.items()
             if number != _OUT
         }
-        tensors[_Q].set_ragged_offset(tensors[_OFFSETS])
-        window = {} if spec.window is None else {"diagonal_band_left_bound": spec.window}
+        if problem.ragged:
+            tensors[_Q].set_ragged_offset(tensors[_OFFSETS])
+        mask: dict[str, Any] = {}
+        if problem.masked:
+            mask = {
+                "diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT,
+                "diagonal_band_right_bound": 0,
+            }
+        if spec.window is not None:
+            mask["diagonal_band_left_bound"] = spec.window
         try:
             out, _ = graph.sdpa(
                 name="attention",
@@ -227,13 +250,12 @@ class CudnnAttention:
                 paged_attention_k_table=tensors[_TABLES],
                 paged_attention_v_table=tensors[_TABLES],
                 paged_attention_max_seq_len_kv=problem.most_keys,
-                diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT,
-                diagonal_band_right_bound=0,
-                **window,
+                **mask,
             )
             out.set_output(True).set_uid(_OUT).set_data_type(element)
             out.set_dim(list(keys[_OUT].dims)).set_stride(list(keys[_OUT].strides))
-            out.set_ragged_offset(tensors[_OFFSETS])
+            if problem.ragged:
+                out.set_ragged_offset(tensors[_OFFSETS])
             graph.validate()
             graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A])

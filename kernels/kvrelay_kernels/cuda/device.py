@@ -1,5 +1,6 @@
 """The GPU that a backend runs on, and what a start-up says where there is none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,37 @@ def find_gpu() -> Gpu:
         int(found["multiProcessorCount"]),
         int(found["totalGlobalMem"]),
     )
+
+
+def shared_memory_limit() -> int:
+    """Bytes of shared memory that a thread block may have on the current device."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def architecture(capability: tuple[int, int], known: Sequence[int]) -> str:
+    """What to compile for: the GPU's own architecture, on Hopper (`sm_90a`) with its own instructions.
+
+    Where the compiler does not know it, the latest earlier one of the same major version, whose code it runs.
+    Source: CUDA C++ Programming Guide, "Binary Compatibility".
+
+    Args:
+        capability: of the GPU.
+        known: compute capabilities, times ten, that the compiler knows.
+
+    Raises:
+        BackendUnavailable: it knows none that would run.
+    """
+    major, minor = capability
+    fitting = [number for number in known if number // 10 == major and number % 10 <= minor]
+    if not fitting:
+        raise BackendUnavailable(
+            f"the GPU's compute capability is {major}.{minor}, which this NVRTC does not compile for (up to"
+            f" {'.'.join(map(str, divmod(max(known, default=0), 10)))}): pip install -U nvidia-cuda-nvrtc,"
+            " or with driver 12.x nvidia-cuda-nvrtc-cu12"
+        )
+    return "sm_90a" if max(fitting) == 90 else f"sm_{max(fitting)}"
 
 
 def _reason(runtime: Any) -> str:

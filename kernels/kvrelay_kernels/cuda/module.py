@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrelay_kernels.cuda import nvrtc
+from kvrelay_kernels.cuda.device import architecture
 from kvrelay_kernels.errors import KernelError
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, open_plans
 from kvrelay_kernels.plans.encoding import encode
@@ -128,8 +129,8 @@ def _machine_code(stored: bytes) -> bytes:
 
 
 def device_arch() -> str:
-    """Architecture to compile for on the current device: `sm_90a` on Hopper, with its own instructions."""
+    """What to compile for on the current device: see `architecture`."""
     import cupy  # pyright: ignore[reportMissingImports]
 
-    capability = cupy.cuda.Device().compute_capability
-    return f"sm_{capability}{'a' if capability == '90' else ''}"
+    capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
+    return architecture(capability, nvrtc.architectures())

@@ -38,6 +38,16 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+@cache
+def architectures() -> tuple[int, ...]:
+    """Compute capabilities, times ten, that NVRTC compiles for. Raises BackendUnavailable."""
+    count = ctypes.c_int()
+    library().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    library().nvrtcGetSupportedArchs(found)
+    return tuple(found)
+
+
 def compile_cubin(source: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
     """Machine code of `source`; `headers` are the texts that its `#include "name"` lines find.
 

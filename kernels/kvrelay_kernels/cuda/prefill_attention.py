@@ -8,14 +8,16 @@ from weakref import WeakKeyDictionary
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import DeviceBatch, Uploads
 from kvrelay_kernels.cuda.block_sparse import BlockSparse, SparseProblem
+from kvrelay_kernels.cuda.block_sparse_mma import BlockSparseMma
 from kvrelay_kernels.cuda.cudnn_attention import CudnnAttention, CudnnProblem, CudnnStep, pad_step
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.prefill_attention_blocks import Blocks, LayerBlocks, open_blocks
 from kvrelay_kernels.cuda.prefill_attention_route import Route, choose_route
 from kvrelay_kernels.cuda.prefill_attention_step import Masks, StepLayout, lay_out_step, prompt_masks
+from kvrelay_kernels.errors import BackendUnavailable, FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec, BlockCounts
-from kvrelay_kernels.plans import DeviceClass, PlanStore
+from kvrelay_kernels.plans import DeviceClass, PlanCounts, PlanStore
 
 log = logging.getLogger(__name__)
 
@@ -49,24 +51,41 @@ class PrefillAttention:
         counts: BlockCounts | None = None,
         route: Route | None = None,
     ) -> None:
-        """`counts` takes the tiles that prompts meet, counted once for all heads; `route` forces one.
+        """`counts` takes prompts' tiles, counted once for all heads, and their routes; `route` forces one.
+
+        Where none is forced, what cuDNN cannot do goes to the own kernels.
 
         Raises:
             FormatUnsupported: the device cannot take the forced route.
-            BackendUnavailable: prompts have to go through cuDNN, which is missing.
+            BackendUnavailable: cuDNN is forced, and is missing or too old.
         """
         self._element: Element16 = element
         self._kernels = kernels
         self._uploads = uploads
         self._counts = counts or BlockCounts()
         self._arch = device_arch()
-        self._route: Route = choose_route(self._arch, False, route)
-        log.info("prompts on %s take the route %s", self._arch, self._route)
-        self._sparse: dict[SparseProblem, BlockSparse] = {}
-        self._cudnn = CudnnAttention(plans, device) if self._route == "cudnn" else None
+        self._forced: Route | None = route
+        self._cudnn: CudnnAttention | None = None
+        self._fault: str | None = None
+        if choose_route(self._arch, False, route) == "cudnn":
+            try:
+                self._cudnn = CudnnAttention(plans, device)
+            except BackendUnavailable as error:
+                self._fault = str(error)
+                log.warning("prompts do without cuDNN: %s", error)
+        log.info(
+            "prompts on %s take the route %s", self._arch, choose_route(self._arch, False, route, self._fault)
+        )
+        self._refused: dict[AttentionSpec, str] = {}
+        self._sparse: dict[SparseProblem, BlockSparse | BlockSparseMma] = {}
         self._blocks: WeakKeyDictionary[CudaArena, Blocks] = WeakKeyDictionary()
         self._now: tuple[DeviceBatch | None, Masks | None] = None, None
         self._steps: dict[tuple[int | None, bool], _Step] = {}
+
+    @property
+    def plan_counts(self) -> PlanCounts:
+        """How cuDNN's plans were come by since the start."""
+        return PlanCounts() if self._cudnn is None else self._cudnn.plan_counts
 
     def prefill(
         self,
@@ -94,22 +113,24 @@ class PrefillAttention:
             MemoryError: blocks find no room to be expanded.
             ValueError: a mask does not fit its prompt.
         """
-        choose_route(self._arch, masks is not None, self._route)
+        route = self._route(spec, masks)
         blocks = self._opened(arena)
         step = self._step(batch, spec.window, blocks.expanded, masks)
         there = blocks.layer(layer, step.sources)
-        if self._cudnn is None:
-            sparse = self._sparse_kernel(spec)
-            sparse(q, out, there.maps, there.first, step.tables, step.work, spec.scale)
-        else:
-            self._through(self._cudnn, q, out, batch, spec, step, there)
+        if route == "cudnn" and not self._through_cudnn(q, out, batch, spec, step, there):
+            route = self._route(spec, masks)
+        if route != "cudnn":
+            self._sparse_kernel(spec, route)(
+                q, out, there.maps, there.first, step.tables, step.work, spec.scale
+            )
+        self._counts.routes[route] += 1
         self._counts.computed += step.layout.work.computed
         self._counts.skipped += step.layout.work.skipped
 
     def _opened(self, arena: CudaArena) -> Blocks:
         if arena not in self._blocks:
             # cuDNN multiplies what lies behind a sequence's end by zero, which NaN survives.
-            in_place = self._route == "sparse"
+            in_place = self._cudnn is None
             self._blocks[arena] = open_blocks(arena, self._element, self._kernels, in_place)
         return self._blocks[arena]
 
@@ -127,22 +148,28 @@ class PrefillAttention:
             self._steps[window, expanded] = _Step(layout, (items, entries, low), sources, tables)
         return self._steps[window, expanded]
 
-    def _sparse_kernel(self, spec: AttentionSpec) -> BlockSparse:
+    def _route(self, spec: AttentionSpec, masks: Masks | None) -> Route:
+        fault = self._refused.get(spec, self._fault)
+        return choose_route(self._arch, masks is not None, self._forced, fault)
+
+    def _sparse_kernel(self, spec: AttentionSpec, route: Route) -> BlockSparse | BlockSparseMma:
         problem = SparseProblem(spec.heads, spec.kv_heads, spec.head_dim, self._element)
         if problem not in self._sparse:
-            self._sparse[problem] = BlockSparse(problem, self._kernels)
+            kind = BlockSparse if route == "sparse" else BlockSparseMma.here
+            self._sparse[problem] = kind(problem, self._kernels)
         return self._sparse[problem]
 
-    def _through(
+    def _through_cudnn(
         self,
-        cudnn: CudnnAttention,
         q: Any,
         out: Any,
         batch: DeviceBatch,
         spec: AttentionSpec,
         step: _Step,
         there: LayerBlocks,
-    ) -> None:
+    ) -> bool:
+        """Whether cuDNN did it; it is not asked again for what it refused."""
+        assert self._cudnn is not None
         if step.padded is None:
             padded = pad_step(batch.host, step.layout.tables, spec.heads * spec.head_dim)
             step.padded = padded, self._uploads.send(padded.arrays)
@@ -151,4 +178,12 @@ class PrefillAttention:
             spec, there.layout, there.blocks, len(padded.rows), padded.most_rows, padded.most_keys
         )
         keys, values = (there.address + there.layout.frame(name).offset for name in ("k_values", "v_values"))
-        cudnn(problem, q, out, keys, values, arrays)
+        try:
+            self._cudnn(problem, q, out, keys, values, arrays)
+        except FormatUnsupported as error:
+            if self._forced is not None:
+                raise
+            log.warning("prompts of %s do without cuDNN: %s", spec, error)
+            self._refused[spec] = str(error)
+            return False
+        return True

@@ -1,12 +1,13 @@
 """What the CUDA backend needs, part by part: what is there, what is missing, and what to install."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from kvrelay_kernels.cuda import nvrtc
-from kvrelay_kernels.cuda.device import OLDEST_CAPABILITY
+from kvrelay_kernels.cuda.device import OLDEST_CAPABILITY, architecture
 from kvrelay_kernels.cuda.driver import Driver, Version, dotted, find_driver
+from kvrelay_kernels.cuda.prefill_attention_route import CUDNN_MAJOR, uses_cudnn
 from kvrelay_kernels.cuda.wheels import nvidia_library
 from kvrelay_kernels.errors import BackendUnavailable
 
@@ -31,6 +32,8 @@ class Found:
     frontend: str | None = None
     cublas: Version | None = None
     nvrtc: Version | None = None
+    architectures: tuple[int, ...] = ()
+    """Compute capabilities, times ten, that NVRTC compiles for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def look() -> Found:
         frontend=_package_version("nvidia-cudnn-frontend") if find_spec("cudnn") else None,
         cublas=_library_version("cublasLt", (13, 12), "cublasLtGetVersion"),
         nvrtc=_nvrtc_version(),
+        architectures=_architectures(),
     )
 
 
@@ -75,19 +79,35 @@ def judge(found: Found) -> list[Part]:
         parts.append(Part("CuPy", None, install, ok=False))
     else:
         parts.append(_library_part("CuPy", found.cupy, found.cupy_cuda, served))
-    parts.append(_aged_part("cuDNN", found.cudnn, OLDEST_CUDNN, f"pip install -U nvidia-cudnn-cu{extra[4:]}"))
-    frontend = None if found.frontend is None else _numbers(found.frontend)
+    device = driver.devices[0] if driver is not None and driver.devices else None
+    wanted = device is not None and uses_cudnn(device.capability)
+    frontend = None if found.frontend is None else numbers(found.frontend)
+    parts.append(_cudnn_part("cuDNN", found.cudnn, OLDEST_CUDNN, wanted, f"nvidia-cudnn-cu{extra[4:]}"))
     parts.append(
-        _aged_part(
-            "cudnn-frontend", frontend, OLDEST_FRONTEND, "pip install -U --no-deps nvidia-cudnn-frontend"
-        )
+        _cudnn_part("cudnn-frontend", frontend, OLDEST_FRONTEND, wanted, "--no-deps nvidia-cudnn-frontend")
     )
     for name, number in (("cuBLASLt", found.cublas), ("NVRTC", found.nvrtc)):
         if number is None:
             parts.append(Part(name, None, install, ok=False))
         else:
             parts.append(_library_part(name, dotted(number), number[0], served))
+    if device is not None and parts[-1].ok:
+        parts[-1] = _compiling_part(parts[-1], device.capability, found.architectures)
     return parts
+
+
+def cudnn_fault(cudnn: Version, frontend: Version) -> str | None:
+    """Why prompts cannot go through cuDNN and cudnn-frontend of these versions; None: they can."""
+    for name, found, oldest in (
+        ("cuDNN", cudnn, OLDEST_CUDNN),
+        ("cudnn-frontend", frontend, OLDEST_FRONTEND),
+    ):
+        if found < oldest:
+            return (
+                f"{name} {dotted(found)} is older than {dotted(oldest)}:"
+                " pip install -U 'kvrelay[cuda13]' or 'kvrelay[cuda12]'"
+            )
+    return None
 
 
 def _driver_part(driver: Driver | None) -> Part:
@@ -130,12 +150,26 @@ def _library_part(name: str, found: str, cuda: int | None, served: int | None) -
     )
 
 
-def _aged_part(name: str, found: Version | None, oldest: Version, remedy: str) -> Part:
-    if found is None:
-        return Part(name, None, remedy, ok=False)
-    if found < oldest:
-        return Part(name, dotted(found), f"older than {dotted(oldest)}: {remedy}", ok=False)
-    return Part(name, dotted(found))
+def _cudnn_part(name: str, found: Version | None, oldest: Version, wanted: bool, package: str) -> Part:
+    """A part of cuDNN: on most classes prompts never go through it, and nowhere do they have to."""
+    shown = None if found is None else dotted(found)
+    if found is not None and found >= oldest:
+        return Part(name, shown)
+    if not wanted:
+        return Part(name, shown, f"used on compute capability {CUDNN_MAJOR}.x alone")
+    age = "" if found is None else f"older than {dotted(oldest)}, so "
+    return Part(name, shown, f"{age}prompts take slower kernels: pip install -U {package}", ok=False)
+
+
+def _compiling_part(nvrtc_part: Part, capability: tuple[int, int], known: tuple[int, ...]) -> Part:
+    """NVRTC has to know the GPU's class."""
+    if capability < divmod(OLDEST_CAPABILITY, 10):
+        return nvrtc_part
+    try:
+        architecture(capability, known)
+    except BackendUnavailable as error:
+        return replace(nvrtc_part, advice=str(error), ok=False)
+    return nvrtc_part
 
 
 def _cupy() -> tuple[str | None, int | None]:
@@ -154,20 +188,33 @@ def _package_version(name: str) -> str | None:
 
 
 def _library_version(stem: str, versions: tuple[int, ...], function: str) -> Version | None:
-    """What a library's own function says: major * 10000 + minor * 100 + patch."""
+    """What a library's own function says."""
     try:
         number = int(getattr(nvidia_library(stem, versions, ""), function)())
     except (BackendUnavailable, AttributeError):
         return None
+    return spoken(number)
+
+
+def spoken(number: int) -> Version:
+    """A version as cuDNN and cuBLAS tell it: major * 10000 + minor * 100 + patch."""
     return number // 10000, number % 10000 // 100, number % 100
 
 
 def _nvrtc_version() -> Version | None:
     try:
-        return _numbers(nvrtc.version())
+        return numbers(nvrtc.version())
     except BackendUnavailable:
         return None
 
 
-def _numbers(text: str) -> Version:
+def _architectures() -> tuple[int, ...]:
+    try:
+        return nvrtc.architectures()
+    except BackendUnavailable:
+        return ()
+
+
+def numbers(text: str) -> Version:
+    """Such as (1, 32, 0) for `1.32.0`."""
     return tuple(int(part) for part in text.split(".") if part.isdecimal())

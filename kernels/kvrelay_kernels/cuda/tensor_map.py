@@ -11,6 +11,10 @@ from kvrelay_kernels.errors import BackendUnavailable, KernelError
 ROW_BYTES = 128
 """An arena is a matrix of such rows; each box has as many as a tile of codes fills."""
 
+OLDEST_CAPABILITY = 90
+"""Compute capability times ten. Earlier classes have no bulk copy engine; kernels use `cp.async` there."""
+MAP_BYTES = 128
+
 _UINT8, _UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _ZERO_FILL = 0, 1, 0, 3, 3, 0
 
 
@@ -52,9 +56,14 @@ def block_map(address: int, blocks: int, block_bytes: int, shape: tuple[int, int
 def _encode(
     kind: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> Any:
-    """Have the driver describe an array. Source: CUDA driver API, tensor map object management."""
+    """Have the driver describe an array; zeros where there is no copy engine, and no kernel that reads this.
+
+    Source: CUDA driver API, tensor map object management.
+    """
     import cupy  # pyright: ignore[reportMissingImports]
 
+    if int(cupy.cuda.Device().compute_capability) < OLDEST_CAPABILITY:
+        return cupy.zeros(MAP_BYTES, np.uint8)
     space = (ctypes.c_uint8 * 192)()
     place = -(-ctypes.addressof(space) // 64) * 64  # the driver wants 64-byte alignment
     rank = len(sizes)
@@ -74,4 +83,4 @@ def _encode(
     )
     if code:
         raise KernelError(f"cuTensorMapEncodeTiled failed with {code} for {sizes} at {address:#x}")
-    return cupy.asarray(np.frombuffer(ctypes.string_at(place, 128), np.uint8))
+    return cupy.asarray(np.frombuffer(ctypes.string_at(place, MAP_BYTES), np.uint8))

@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\"\x18\n\x16GetWorkerStatusRequest\"\xb1\x04\n\x17GetWorkerStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04pool\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Pool\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvrelay.v1.WorkerState\x12\x10\n\x08\x61\x63tivity\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\r\n\x05slots\x18\x07 \x01(\r\x12\x12\n\nslots_free\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\x13\n\x0b\x62locks_free\x18\n \x01(\r\x12\x15\n\rblocks_cached\x18\x0b \x01(\r\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x04\x12\x15\n\rcached_tokens\x18\r \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x0f \x01(\x01\x12\x14\n\x0c\x62locks_moved\x18\x10 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x11 \x01(\x04\x12\x16\n\x0etiles_computed\x18\x12 \x01(\x04\x12\x15\n\rtiles_skipped\x18\x13 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x14 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x15 \x01(\t\x12\x10\n\x08requests\x18\x16 \x01(\x04\x12\x0b\n\x03pid\x18\x17 \x01(\r\x12%\n\x05plans\x18\x18 \x01(\x0b\x32\x16.kvrelay.v1.PlanCounts\"\x8e\x02\n\nPlanCounts\x12.\n\x04hits\x18\x01 \x03(\x0b\x32 .kvrelay.v1.PlanCounts.HitsEntry\x12\x0e\n\x06misses\x18\x02 \x01(\x04\x12\x0e\n\x06shared\x18\x03 \x01(\x04\x12\x0e\n\x06\x62uilds\x18\x04 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x04\x12\x10\n\x08rejected\x18\x06 \x01(\x04\x12\x0f\n\x07rebuilt\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x15\n\rbuild_seconds\x18\t \x01(\x01\x12\x14\n\x0cload_seconds\x18\n \x01(\x01\x1a+\n\tHitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*?\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOL_PREFILL\x10\x01\x12\x0f\n\x0bPOOL_DECODE\x10\x02*\x93\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x04\x32\xa9\x01\n\rWorkerService\x12Z\n\x0fGetWorkerStatus\x12\".kvrelay.v1.GetWorkerStatusRequest\x1a#.kvrelay.v1.GetWorkerStatusResponse\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\"\x18\n\x16GetWorkerStatusRequest\"\xba\x05\n\x17GetWorkerStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04pool\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Pool\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvrelay.v1.WorkerState\x12\x10\n\x08\x61\x63tivity\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\r\n\x05slots\x18\x07 \x01(\r\x12\x12\n\nslots_free\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\x13\n\x0b\x62locks_free\x18\n \x01(\r\x12\x15\n\rblocks_cached\x18\x0b \x01(\r\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x04\x12\x15\n\rcached_tokens\x18\r \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x0f \x01(\x01\x12\x14\n\x0c\x62locks_moved\x18\x10 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x11 \x01(\x04\x12\x16\n\x0etiles_computed\x18\x12 \x01(\x04\x12\x15\n\rtiles_skipped\x18\x13 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x14 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x15 \x01(\t\x12\x10\n\x08requests\x18\x16 \x01(\x04\x12\x0b\n\x03pid\x18\x17 \x01(\r\x12%\n\x05plans\x18\x18 \x01(\x0b\x32\x16.kvrelay.v1.PlanCounts\x12P\n\x0f\x61ttention_calls\x18\x19 \x03(\x0b\x32\x37.kvrelay.v1.GetWorkerStatusResponse.AttentionCallsEntry\x1a\x35\n\x13\x41ttentionCallsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x8e\x02\n\nPlanCounts\x12.\n\x04hits\x18\x01 \x03(\x0b\x32 .kvrelay.v1.PlanCounts.HitsEntry\x12\x0e\n\x06misses\x18\x02 \x01(\x04\x12\x0e\n\x06shared\x18\x03 \x01(\x04\x12\x0e\n\x06\x62uilds\x18\x04 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x04\x12\x10\n\x08rejected\x18\x06 \x01(\x04\x12\x0f\n\x07rebuilt\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x15\n\rbuild_seconds\x18\t \x01(\x01\x12\x14\n\x0cload_seconds\x18\n \x01(\x01\x1a+\n\tHitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*?\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOL_PREFILL\x10\x01\x12\x0f\n\x0bPOOL_DECODE\x10\x02*\x93\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x04\x32\xa9\x01\n\rWorkerService\x12Z\n\x0fGetWorkerStatus\x12\".kvrelay.v1.GetWorkerStatusRequest\x1a#.kvrelay.v1.GetWorkerStatusResponse\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETWORKERSTATUSRESPONSE_ATTENTIONCALLSENTRY']._loaded_options = None
+  _globals['_GETWORKERSTATUSRESPONSE_ATTENTIONCALLSENTRY']._serialized_options = b'8\001'
   _globals['_PLANCOUNTS_HITSENTRY']._loaded_options = None
   _globals['_PLANCOUNTS_HITSENTRY']._serialized_options = b'8\001'
-  _globals['_POOL']._serialized_start=935
-  _globals['_POOL']._serialized_end=998
-  _globals['_WORKERSTATE']._serialized_start=1001
-  _globals['_WORKERSTATE']._serialized_end=1148
+  _globals['_POOL']._serialized_start=1072
+  _globals['_POOL']._serialized_end=1135
+  _globals['_WORKERSTATE']._serialized_start=1138
+  _globals['_WORKERSTATE']._serialized_end=1285
   _globals['_GETWORKERSTATUSREQUEST']._serialized_start=39
   _globals['_GETWORKERSTATUSREQUEST']._serialized_end=63
   _globals['_GETWORKERSTATUSRESPONSE']._serialized_start=66
-  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=627
-  _globals['_PLANCOUNTS']._serialized_start=630
-  _globals['_PLANCOUNTS']._serialized_end=900
-  _globals['_PLANCOUNTS_HITSENTRY']._serialized_start=857
-  _globals['_PLANCOUNTS_HITSENTRY']._serialized_end=900
-  _globals['_DRAINREQUEST']._serialized_start=902
-  _globals['_DRAINREQUEST']._serialized_end=916
-  _globals['_DRAINRESPONSE']._serialized_start=918
-  _globals['_DRAINRESPONSE']._serialized_end=933
-  _globals['_WORKERSERVICE']._serialized_start=1151
-  _globals['_WORKERSERVICE']._serialized_end=1320
+  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=764
+  _globals['_GETWORKERSTATUSRESPONSE_ATTENTIONCALLSENTRY']._serialized_start=711
+  _globals['_GETWORKERSTATUSRESPONSE_ATTENTIONCALLSENTRY']._serialized_end=764
+  _globals['_PLANCOUNTS']._serialized_start=767
+  _globals['_PLANCOUNTS']._serialized_end=1037
+  _globals['_PLANCOUNTS_HITSENTRY']._serialized_start=994
+  _globals['_PLANCOUNTS_HITSENTRY']._serialized_end=1037
+  _globals['_DRAINREQUEST']._serialized_start=1039
+  _globals['_DRAINREQUEST']._serialized_end=1053
+  _globals['_DRAINRESPONSE']._serialized_start=1055
+  _globals['_DRAINRESPONSE']._serialized_end=1070
+  _globals['_WORKERSERVICE']._serialized_start=1288
+  _globals['_WORKERSERVICE']._serialized_end=1457
 # @@protoc_insertion_point(module_scope)

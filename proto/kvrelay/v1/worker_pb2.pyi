@@ -34,7 +34,14 @@ class GetWorkerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatusResponse(_message.Message):
-    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests", "pid", "plans")
+    __slots__ = ("worker_id", "pool", "state", "activity", "running", "waiting", "slots", "slots_free", "blocks", "blocks_free", "blocks_cached", "prompt_tokens", "cached_tokens", "generated_tokens", "tokens_per_second", "blocks_moved", "bytes_moved", "tiles_computed", "tiles_skipped", "memory_bytes", "backend", "requests", "pid", "plans", "attention_calls")
+    class AttentionCallsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +66,7 @@ class GetWorkerStatusResponse(_message.Message):
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PLANS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_CALLS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     pool: Pool
     state: WorkerState
@@ -83,7 +91,8 @@ class GetWorkerStatusResponse(_message.Message):
     requests: int
     pid: int
     plans: PlanCounts
-    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ..., pid: _Optional[int] = ..., plans: _Optional[_Union[PlanCounts, _Mapping]] = ...) -> None: ...
+    attention_calls: _containers.ScalarMap[str, int]
+    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[_Union[Pool, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., activity: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., tiles_computed: _Optional[int] = ..., tiles_skipped: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., backend: _Optional[str] = ..., requests: _Optional[int] = ..., pid: _Optional[int] = ..., plans: _Optional[_Union[PlanCounts, _Mapping]] = ..., attention_calls: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PlanCounts(_message.Message):
     __slots__ = ("hits", "misses", "shared", "builds", "failures", "rejected", "rebuilt", "evictions", "build_seconds", "load_seconds")

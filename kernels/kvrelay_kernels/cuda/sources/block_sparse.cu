@@ -96,7 +96,7 @@ DEVICE void multiply_tiles(const Arguments& a, Control& control) {
         const int head = control.heads[slot.at];
         if (item.tiles < 0) return;
         const u64 queries = describe(base + slot.at * query_bytes + group * 64 * 128, 16, unit);
-        Softmax softmax(item, control.low[slot.at], row);
+        Softmax softmax(item, row, control.low[slot.at][row], control.low[slot.at][row + 8]);
         float s[step / 2], o[outputs][columns / 2], factor[2];
         u32 p[step / 4];
 #pragma unroll

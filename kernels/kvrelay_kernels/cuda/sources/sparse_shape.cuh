@@ -1,14 +1,8 @@
-// What one compiled block-sparse kernel is fixed to (macros come from the launcher), and what follows from that.
+// How the Hopper kernel lays out shared memory, and what its warps tell each other there.
 #pragma once
+#include "sparse_work.cuh"
 #include "warpgroup.cuh"
 
-constexpr int head_dim = HEAD_DIM;  // 64, 96, 128 or 256
-constexpr int heads = HEADS;
-constexpr int kv_heads = KV_HEADS;
-constexpr bool bfloat = BFLOAT;  // of all elements; otherwise float16
-
-constexpr int mask_tile = 128;   // queries and keys of a tile of the mask
-constexpr int block_tokens = 64;
 constexpr int no_block = -1;     // lies outside of the cache: the copy engine writes zeros
 
 constexpr int step = head_dim > 128 ? 64 : 128;  // keys of one step
@@ -19,8 +13,6 @@ constexpr int multipliers = 2;                   // warpgroups of 64 query rows
 constexpr int columns = head_dim > 128 ? 128 : head_dim;  // of the output in one product
 constexpr int outputs = head_dim / columns;
 
-// In shared memory a matrix is cut into panels of 64 columns: rows of 128 bytes, swizzled.
-constexpr int panels = (head_dim + 63) / 64;
 constexpr int query_panel = mask_tile * 128;
 constexpr int key_panel = step * 128;
 constexpr int query_bytes = panels * query_panel;
@@ -30,22 +22,6 @@ constexpr int unit = 8 * 128;  // eight rows of a panel
 constexpr int keys_at = slots * query_bytes;
 constexpr int values_at = keys_at + stages * key_bytes;
 constexpr int control_at = values_at + stages * key_bytes;
-
-// A query tile of one sequence, which all heads share.
-struct __align__(16) Item {
-    int row, rows;       // in the step's queries
-    int position;        // of the first row in its sequence
-    int table;           // where its sequence's blocks begin in the tables
-    int first, tiles;    // of its list of key tiles, the last key first
-    int prefix, length;  // keys that every row sees up to its own; keys of the sequence
-};
-
-// An entry of the list: tile of 128 keys * 2 + whether some of it is masked.
-struct Entry {
-    int value;
-    DEVICE int tile() const { return value >> 1; }
-    DEVICE bool partial() const { return value & 1; }
-};
 
 struct Arguments {
     const u16* q;       // [rows, heads, head_dim]
