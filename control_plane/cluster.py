@@ -1,6 +1,7 @@
 """The Ray cluster that workers run on: an embedded one that ends with this process, or one that is joined."""
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -9,12 +10,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
-from control_plane.config import KvrelayConfig, cores
+from control_plane.config import KvrelayConfig, WorkerSettings, cores
 from kvrelay.errors import BadSetup
 
 OBJECT_STORE_BYTES = 96 * 1024 * 1024
@@ -74,6 +76,12 @@ class Cluster:
         """One unit of the pool's own logical resource, where the cluster has such."""
         return {pool: 1.0} if ray.cluster_resources().get(pool) else {}
 
+    @property
+    def gpu_share(self) -> float:
+        """Of a GPU, for each worker whose settings name no share of their own."""
+        gpus = ray.cluster_resources().get("GPU", 0) if self._wants_gpus else 0
+        return even_share(gpus, sum(pool.workers for pool in self._pools))
+
     def stop(self) -> None:
         """Leave the cluster, or end it where it is this process's own; calling it again does nothing."""
         ray.shutdown()
@@ -82,14 +90,24 @@ class Cluster:
             self.folder = None
 
     @property
+    def _pools(self) -> tuple[WorkerSettings, ...]:
+        return self._config.prefill, self._config.decode
+
+    @property
+    def _wants_gpus(self) -> bool:
+        """Whether workers will compute on GPUs, or are told to hold some."""
+        backend = self._config.model.backend
+        usable = backend == "cuda" or (backend == "auto" and find_spec("cupy") is not None)
+        return usable or any(pool.gpus for pool in self._pools)
+
+    @property
     def _level(self) -> int:
         return logging.INFO if self._verbose else logging.ERROR
 
     def _embed(self) -> None:
-        pools = (self._config.prefill, self._config.decode)
         num_cpus = self._config.ray.num_cpus
         if num_cpus is None:
-            num_cpus = cores() if any(pool.cpus for pool in pools) else 0
+            num_cpus = cores() if any(pool.cpus for pool in self._pools) else 0
         self.folder = Path(tempfile.mkdtemp(prefix="kvrelay-ray-", dir=short_folder(tempfile.gettempdir())))
         # Ray takes these from the environment of the process that starts it, and nowhere else.
         os.environ.update(
@@ -99,12 +117,14 @@ class Cluster:
                 "RAY_USAGE_STATS_ENABLED": "0",
                 # Ray would start a process for each core, which no actor with its own environment can use.
                 "RAY_prestart_worker_first_driver": "0",
+                # Earlier versions would hide all GPUs from workers that reserve none.
+                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             }
         )
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            num_gpus=None if any(pool.gpus for pool in pools) else 0,
+            num_gpus=None if self._wants_gpus else 0,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=self._verbose,
@@ -112,6 +132,14 @@ class Cluster:
             # One further down: Ray opens its folder to everyone, and mkdtemp's is for its owner only.
             _temp_dir=str(self.folder / "ray"),
         )
+
+
+def even_share(gpus: float, workers: int) -> float:
+    """Of a GPU, for each of `workers`; 0 where there is but one: memory alone says how many fit on it.
+
+    Ray fills one GPU before it takes the next, so that only large shares spread workers over all of them.
+    """
+    return 1 / max(1, math.ceil(workers / gpus)) if gpus > 1 else 0.0
 
 
 def short_folder(folder: str) -> str:

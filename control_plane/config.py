@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from kvrelay.errors import BadSetup
 from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.quant.formats import Element
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
@@ -40,6 +41,8 @@ class ModelSettings(Group):
     kv_format: str = "int8"
     backend: str = "auto"
     """`auto` takes the first one that this machine can run."""
+    element: Element | None = None
+    """What activations and an unquantized cache hold; None: on `cuda` the model's, else the backend's own."""
 
 
 class WorkerSettings(Group):
@@ -50,8 +53,9 @@ class WorkerSettings(Group):
     """Compute threads of a worker; None: as many as there are cores."""
     cpus: Annotated[float, Ge(0)] = 0
     """Cores that Ray reserves for a worker. 0: workers share what there is, as on a small machine."""
-    gpus: Annotated[float, Ge(0)] = 0
-    """Share of a GPU that Ray reserves for a worker."""
+    gpus: Annotated[float, Ge(0)] | None = None
+    """Share of a GPU that Ray reserves for a worker. 0: none; workers share what their machine shows them.
+    None: none of a single GPU; of several an even share, so that workers spread over them."""
     max_waiting: Positive = 256
     plan_cache: Path | None = None
     """Folder of compiled plans on a worker's machine; None: `~/.cache/kvrelay/plans`."""

@@ -23,9 +23,16 @@ def gateway_config(config: KvrelayConfig) -> GatewayConfig:
 
 
 def prefill_plan(
-    config: KvrelayConfig, store: str | None, resources: Resources, plan_server: str | None = None
+    config: KvrelayConfig,
+    store: str | None,
+    resources: Resources,
+    plan_server: str | None = None,
+    gpu_share: float = 0.0,
 ) -> PoolPlan:
-    """The prefill pool's part; prefixes are shared through the server at `store`, plans at `plan_server`."""
+    """The prefill pool's part; prefixes are shared through the server at `store`, plans at `plan_server`.
+
+    `gpu_share` is what a worker reserves of a GPU where the settings leave it open.
+    """
     settings = config.prefill
 
     def configure(worker_id: str) -> PrefillConfig:
@@ -47,15 +54,19 @@ def prefill_plan(
         host=_host(config),
         threads=threads_of(settings),
         cpus=settings.cpus,
-        gpus=settings.gpus,
+        gpus=gpu_share if settings.gpus is None else settings.gpus,
         resources=resources,
     )
 
 
 def decode_plan(
-    config: KvrelayConfig, transport: str, resources: Resources, plan_server: str | None = None
+    config: KvrelayConfig,
+    transport: str,
+    resources: Resources,
+    plan_server: str | None = None,
+    gpu_share: float = 0.0,
 ) -> PoolPlan:
-    """The decode pool's part; `transport` is `grpc` or the URI that blocks come through."""
+    """As `prefill_plan`; `transport` is `grpc` or the URI that blocks come through."""
     settings = config.decode
 
     def configure(worker_id: str) -> DecodeConfig:
@@ -79,7 +90,7 @@ def decode_plan(
         host=_host(config),
         threads=threads_of(settings),
         cpus=settings.cpus,
-        gpus=settings.gpus,
+        gpus=gpu_share if settings.gpus is None else settings.gpus,
         resources=resources,
     )
 
@@ -92,6 +103,7 @@ def decoder_options(
     return DecoderOptions(
         model=str(Path(model.name).resolve()) if Path(model.name).exists() else model.name,
         backend=model.backend,
+        element=model.element,
         threads=threads_of(settings),
         weights=model.weights,
         kv_format=model.kv_format,

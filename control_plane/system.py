@@ -92,9 +92,10 @@ class System:
         server = transport if transport != "grpc" else None
         store = server if config.transport.share_prefixes else None
         shared = server if config.transport.share_plans else None
+        share = cluster.gpu_share
         plans = (
-            prefill_plan(config, store, partial(cluster.resources_for, "prefill"), shared),
-            decode_plan(config, transport, partial(cluster.resources_for, "decode"), shared),
+            prefill_plan(config, store, partial(cluster.resources_for, "prefill"), shared, share),
+            decode_plan(config, transport, partial(cluster.resources_for, "decode"), shared, share),
         )
         times = SeatTimes(start=config.ray.start_seconds, silent=config.ray.silent_seconds)
         pools = {plan.name: WorkerPool(plan, directory, self._tell, times) for plan in plans}

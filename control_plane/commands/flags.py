@@ -50,6 +50,7 @@ SYSTEM = (
     Flag("weights", str, "auto, float, int8 or int4.", ("model.weights",)),
     Flag("kv_format", str, f"Format of the KV cache: {', '.join(KNOWN)}.", ("model.kv_format",)),
     Flag("backend", str, "auto, cpu, mlx, cuda or reference.", ("model.backend",)),
+    Flag("element", str, "float32, float16 or bfloat16; default on cuda: the model's.", ("model.element",)),
     Flag("prefill", int, "Prefill workers.", ("prefill.workers",)),
     Flag("decode", int, "Decode workers.", ("decode.workers",)),
     Flag(
@@ -57,6 +58,12 @@ SYSTEM = (
         int,
         "Compute threads of a worker; default: all cores.",
         ("prefill.threads", "decode.threads"),
+    ),
+    Flag(
+        "gpus",
+        float,
+        "Share of a GPU that a worker reserves; default: none of a single one, an even share of several.",
+        ("prefill.gpus", "decode.gpus"),
     ),
     Flag(
         "chunk",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from control_plane.cluster import Cluster, short_folder
 from control_plane.config import load
@@ -32,7 +33,8 @@ def free_port() -> int:
 def joined(tmp_path: Path) -> Iterator[str]:
     """The client address of a cluster started by Ray's own means; its node offers both pools' resources."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    port, client_port = free_port(), 20000 + os.getpid() % 10000
+    # Above the ports that Ray takes for its clients, 23000 to 24000.
+    port, client_port = free_port(), 25000 + os.getpid() % 5000
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
     command += [
         f"--ray-client-server-port={client_port}",
@@ -61,6 +63,13 @@ def joined(tmp_path: Path) -> Iterator[str]:
 def test_a_cluster_offers_no_pool_resource_of_its_own(cluster: Cluster) -> None:
     assert cluster.embedded
     assert cluster.resources_for("prefill") == {}
+
+
+def test_a_worker_that_reserves_no_gpu_sees_those_that_there_are(cluster: Cluster) -> None:
+    name = "CUDA_VISIBLE_DEVICES"
+    assert cluster.gpu_share == 0
+    seen = ray.get(ray.remote(os.getenv).options(num_cpus=0, num_gpus=0).remote(name))
+    assert seen == os.environ.get(name)
 
 
 def test_nobody_else_can_enter_the_folder_of_an_embedded_cluster(cluster: Cluster) -> None:
