@@ -1,11 +1,12 @@
 """Decode attention on the GPU by format, batch and length: time, accuracy, bandwidth, torch's cuDNN beside.
 
-    python benchmarks/decode_attention.py [--quick] [--commit NAME]
+    python benchmarks/decode_attention.py [--quick] [--formats LIST] [--commit NAME]
 
 Times are of one layer's attention under CUDA-graph replay; the plan of a step, made once for all layers, is
 timed apart. The layers of one arena take turns (same tables and lengths, other bytes, together beyond the
 second-level cache); blocks lie in random order. GB/s count the bytes that must be read: codes, scales and
-biases of the tokens there are. Writes results/h200/decode_attention.json.
+biases of the tokens there are. Errors are against float64 attention over what the codes stand for (in turbo
+formats rotated values, and so a rotated result). Writes results/h200/decode_attention.json.
 """
 
 import argparse
@@ -23,12 +24,17 @@ import numpy as np
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, launch_shape
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.interface import AttentionSpec
-from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, levels, parse_format, scales
+from kvrelay_kernels.quant.codec import quantize
 
 RESULTS = Path(__file__).parent / "results" / "h200" / "decode_attention.json"
 BEYOND_CACHE = 400e6
 """Bytes that the layers in turn hold together, at least; the second-level cache has 60 MB."""
 LIMIT = 12 << 30
+CODED = 64
+"""Quantized blocks that are made: by the host, as the definition says."""
+FORMATS = ["none", "int8-g64", "int8-g32", "int6-g64", "int4-g64", "int4-g32"]
+FORMATS += ["mxfp8", "mxfp4", "nvfp4", "turbo4", "turbo3"]
 
 READ_SOURCE = r"""
 extern "C" __global__ void __launch_bounds__(1024) read_all(const uint4* from, long long n, unsigned* out) {
@@ -126,32 +132,29 @@ def from_bfloat16(bits: Any) -> Any:
 
 
 def random_blocks(layout: BlockLayout, count: int) -> Any:
-    """`[count, block_bytes]` blocks of standard normal keys and values, as `quant.affine` quantizes them."""
-    blocks = cupy.zeros((count, layout.block_bytes), np.uint8)
-    fmt = layout.format
+    """`[count, block_bytes]` blocks of standard normal keys and values; of quantized ones `CODED` differ."""
+    fmt, rng = layout.format, cupy.random
+    made = min(count, CODED) if fmt.quantized else count
+    blocks = cupy.zeros((made, layout.block_bytes), np.uint8)
     for side in "kv":
-        values = cupy.random.standard_normal(
-            (count, layout.kv_heads, BLOCK_TOKENS, layout.head_dim), np.float32
-        )
-        if not fmt.quantized:
-            parts = {"values": bfloat16_bits(values)}
+        values = rng.standard_normal((made, layout.kv_heads, BLOCK_TOKENS, layout.head_dim), np.float32)
+        if fmt.quantized:
+            parts = {name: cupy.asarray(array) for name, array in quantize(values.get(), fmt).items()}
         else:
-            groups = values.reshape(*values.shape[:3], -1, fmt.group)
-            low = groups.min(-1)
-            scales = ((groups.max(-1) - low) / (2**fmt.bits - 1)).astype(np.float16)
-            biases = low.astype(np.float16)
-            codes = cupy.rint(
-                (groups - biases.astype(np.float32)[..., None]) / scales.astype(np.float32)[..., None]
-            )
-            codes = cupy.clip(codes, 0, 2**fmt.bits - 1).astype(np.uint8).reshape(values.shape)
-            if fmt.bits == 4:
-                codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-            parts = {"codes": codes, "scales": scales, "biases": biases}
+            parts = {"values": bfloat16_bits(values)}
         for name, array in parts.items():
             frame = layout.frame(f"{side}_{name}")
-            octets = cupy.ascontiguousarray(array).view(np.uint8).reshape(count, -1)
+            octets = cupy.ascontiguousarray(array).view(np.uint8).reshape(made, -1)
             blocks[:, frame.offset : frame.offset + frame.nbytes] = octets
-    return blocks
+    return blocks[cupy.arange(count) % made]
+
+
+def unpack(octets: Any, bits: int) -> Any:
+    """Codes of a little-endian stream of bits along the last dimension, as `quant.packing` packs them."""
+    first = cupy.arange(octets.shape[-1] * 8 // bits) * bits
+    wide = cupy.concatenate([octets, cupy.zeros_like(octets[..., :1])], -1).astype(np.uint16)
+    pairs = wide[..., first // 8] | wide[..., first // 8 + 1] << 8
+    return pairs >> (first % 8).astype(np.uint16) & (2**bits - 1)
 
 
 def decode_blocks(layout: BlockLayout, blocks: Any, side: str) -> Any:
@@ -166,14 +169,22 @@ def decode_blocks(layout: BlockLayout, blocks: Any, side: str) -> Any:
     if not fmt.quantized:
         values = from_bfloat16(part("values", np.uint16)).astype(np.float64)
     else:
-        codes = part("codes", np.uint8)
-        if fmt.bits == 4:
-            codes = cupy.stack([codes & 15, codes >> 4], -1)
-        codes = codes.reshape(len(blocks), layout.kv_heads, BLOCK_TOKENS, -1, fmt.group).astype(np.float64)
-        scales, biases = (
-            part(name, np.float16).astype(np.float64)[..., None] for name in ("scales", "biases")
-        )
-        values = (codes * scales + biases).reshape(len(blocks), layout.kv_heads, BLOCK_TOKENS, -1)
+        table, kind = fmt.scheme.levels, fmt.scheme.scales
+        codes = unpack(part("codes", np.uint8), fmt.code_bits)
+        if table is None:
+            numbers = codes.astype(np.float64)
+        else:
+            numbers = cupy.asarray(levels.decode(np.arange(2**fmt.code_bits, dtype=np.uint8), table))[codes]
+        if kind == "float16":
+            sizes = part("scales", np.float16)
+        else:
+            sizes = cupy.asarray(scales.decode(np.arange(256, dtype=np.uint8), kind))[
+                part("scales", np.uint8)
+            ]
+        groups = numbers.reshape(*sizes.shape, fmt.group) * sizes.astype(np.float64)[..., None]
+        if fmt.affine:
+            groups += part("biases", np.float16).astype(np.float64)[..., None]
+        values = groups.reshape(codes.shape)
     return values.transpose(1, 0, 2, 3).reshape(layout.kv_heads, -1, layout.head_dim)
 
 
@@ -297,20 +308,19 @@ def commit_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="four cases, two formats, no file")
+    parser.add_argument("--quick", action="store_true", help="three cases, no file")
+    parser.add_argument("--formats", help="a list such as int8-g64,nvfp4 instead of all; no file")
     parser.add_argument("--commit", help="name of the commit, where the checkout has no repository")
     options = parser.parse_args()
 
     cases = [equal(*pair) for pair in ((1, 2048), (1, 8192), (1, 32768), (8, 2048), (8, 8192), (8, 32768))]
     cases += [equal(32, 8192), equal(32, 32768), *ragged(32, 32768), equal(1, 131072)]
-    formats = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]
+    formats, others = FORMATS, ["none", "int8", "int4", "mxfp8", "nvfp4", "turbo4"]
     shapes = [((16, 2), 256), ((32, 16), 256), ((9, 3), 64), ((12, 4), 96)]
     if options.quick:
-        cases, formats, shapes = (
-            [equal(1, 2048), equal(1, 32768), equal(8, 32768)],
-            ["int8-g64", "int4-g64"],
-            [],
-        )
+        cases, shapes = [equal(1, 2048), equal(1, 32768), equal(8, 32768)], []
+    if options.formats:
+        formats = others = options.formats.split(",")
 
     kernels, stream = KernelCache(Path("/tmp/kvrelay-cubins")), cupy.cuda.Stream(non_blocking=True)
     peak = read_bandwidth(stream)
@@ -326,9 +336,7 @@ def main() -> None:
         "format    heads      case                 us    least     most   GB/s of read    error  cuDNN  times"
     )
     work = [(fmt, (32, 8), 128, cases) for fmt in formats]
-    work += [
-        (fmt, heads, dim, [equal(8, 32768)]) for heads, dim in shapes for fmt in ("none", "int8", "int4")
-    ]
+    work += [(fmt, heads, dim, [equal(8, 32768)]) for heads, dim in shapes for fmt in others]
     for fmt, heads, dim, which in work:
         bench = Bench(fmt, heads, dim, kernels, stream)
         for case in which:
@@ -346,7 +354,7 @@ def main() -> None:
         del bench
         cupy.get_default_memory_pool().free_all_blocks()
 
-    if options.quick:
+    if options.quick or options.formats:
         return
     import torch  # pyright: ignore[reportMissingImports]
 

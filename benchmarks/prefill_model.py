@@ -1,6 +1,6 @@
 """How fast whole models read prompts on the GPU, with random weights in the shapes of real ones.
 
-    python -m benchmarks.prefill_model [--models llama-8b,qwen3-4b,gemma3-4b] [--formats int8,none]
+    python -m benchmarks.prefill_model [--models llama-8b,qwen3-4b,gemma3-4b] [--formats int8,none | all]
 
 Every prompt goes through `Decoder.forward` and the CUDA backend, in steps of at most `--chunk` rows; the
 host's clock runs from the first step until the logits of the last row are there. Each model runs in two
@@ -25,74 +25,26 @@ from statistics import median
 from typing import Any
 
 import cupy  # pyright: ignore[reportMissingImports]
-import ml_dtypes
 import numpy as np
 
 from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.random_models import CONTEXT, GEMMA3_4B, LLAMA_8B, QWEN3_4B, random_checkpoint
 from kvrelay_kernels.cuda.backend import CudaBackend
 from kvrelay_kernels.cuda.batch import slots_of
 from kvrelay_kernels.interface import StepBatch
 from kvrelay_kernels.plans import open_plans
 from kvrelay_kernels.quant import BLOCK_TOKENS
-from model_runtime.config import ModelConfig, RopeScaling
+from kvrelay_kernels.quant.formats import KNOWN
+from model_runtime.config import ModelConfig
 from model_runtime.decoder import Decoder
 from model_runtime.steps import sequence_steps
-from model_runtime.weights import Checkpoint, StoredTensor, TokenizerSource, expected_shapes
 
 FLOPS, BYTES = 790e12, 4.2e12
 """What the card has been seen to reach: bf16 products, and copies (bytes read and written)."""
 MIXED = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
-CONTEXT = 16384
 REPEATS = 10
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
-
-
-LLAMA_8B = ModelConfig(
-    name="llama-8b", family="llama", vocabulary=128256, hidden=4096, layers=32, heads=32, kv_heads=8,
-    head_dim=128, intermediate=14336, context=CONTEXT, norm_eps=1e-5, rope_base=5e5, local_rope_base=None,
-    rope_scaling=RopeScaling("llama3", 8.0), windows=(None,) * 32, attention_scale=128**-0.5,
-    activation="silu", qk_norm=False, post_norms=False, qkv_bias=False, embedding_scale=1.0,
-    tied_embeddings=False, bos_id=None, stop_ids=(),
-)  # fmt: skip
-QWEN3_4B = replace(
-    LLAMA_8B, name="qwen3-4b", family="qwen3", vocabulary=151936, hidden=2560, layers=36, intermediate=9728,
-    windows=(None,) * 36, rope_base=1e6, rope_scaling=None, qk_norm=True, tied_embeddings=True,
-)  # fmt: skip
-GEMMA3_4B = replace(
-    LLAMA_8B, name="gemma3-4b", family="gemma3", vocabulary=262208, hidden=2560, layers=34, heads=8,
-    kv_heads=4, head_dim=256, intermediate=10240, rope_base=1e6, rope_scaling=RopeScaling("linear", 8.0),
-    local_rope_base=1e4,
-    windows=tuple(None if layer % 6 == 5 else 1024 for layer in range(34)), attention_scale=1 / 16,
-    activation="gelu_tanh", qk_norm=True, post_norms=True, embedding_scale=2560**0.5, tied_embeddings=True,
-)  # fmt: skip
 MODELS = {config.name: config for config in (LLAMA_8B, QWEN3_4B, GEMMA3_4B)}
-
-
-def random_checkpoint(config: ModelConfig) -> Checkpoint:
-    """Weights drawn on the device, bfloat16, of variance 1 / columns; norms are ones."""
-
-    def reader(number: int, dims: tuple[int, ...]) -> Callable[[], Any]:
-        def read() -> Any:
-            if len(dims) == 1:
-                return np.ones(dims, np.float32)
-            draw = cupy.random.Generator(cupy.random.XORWOW(number))
-            values = draw.standard_normal(dims, np.float32)
-            values *= np.float32(dims[1] ** -0.5)
-            # The upper half of a float32 is a bfloat16, rounded towards zero.
-            return values.view(np.uint16)[:, 1::2].view(ml_dtypes.bfloat16)
-
-        return read
-
-    tensors = {
-        name: StoredTensor(dims, reader(number, dims))
-        for number, (name, dims) in enumerate(expected_shapes(config))
-    }
-
-    def no_tokenizer(folder: Path | None) -> Any:
-        raise NotImplementedError("random weights have no tokenizer")
-
-    return Checkpoint(config, tensors, TokenizerSource(no_tokenizer, None, {}))
-
 
 PARTS = {
     "embed": "rows", "rms_norm": "rows", "add_rms_norm": "rows", "gate": "gate", "linear": "products",
@@ -278,7 +230,7 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     """A line of the table."""
     parts, least = row["parts_milliseconds"], row["floors_milliseconds"]
     print(
-        f"{name:10} {row['format']:5} {row['case']:6} {row['tokens_per_second']:8.0f} tok/s"
+        f"{name:10} {row['format']:6} {row['case']:6} {row['tokens_per_second']:8.0f} tok/s"
         f" ({row['tokens_per_second_blocks_leaving']:.0f} with blocks leaving)"
         f"  first {1e3 * row['first_seconds']:7.1f} ms, tenth {1e3 * row['seconds'][-1]:7.1f};"
         + "".join(f" {part} {parts[part]:.1f}/{least[part]:.1f}" for part in least),
@@ -311,7 +263,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    formats = options.formats.split(",")
+    formats = KNOWN if options.formats == "all" else options.formats.split(",")
     if options.one:
         print(
             json.dumps(

@@ -102,9 +102,34 @@ def prefill_model(result: Result) -> str:
     return f"{_table(head, lines)}\n\n{note}"
 
 
+def decode_model(result: Result) -> str:
+    """Generation rates of whole models on a GPU, by weights, streams and cache format."""
+    cases = {
+        ("int8", 1, 2048): "1 stream",
+        ("int8", 32, 2048): "32 streams",
+        ("int8", 32, 8192): "32 streams after 8192",
+        ("int4", 32, 8192): "the same, KV `int4`",
+    }
+    lines: list[list[str]] = []
+    fractions: list[float] = []
+    for run in result["runs"]:
+        rows = {(row["cache"], row["batch"], row["length"]): row for row in run["rows"]}
+        shown = [rows[case] for case in cases if case in rows]
+        fractions += [row["fraction_of_floor"] for row in shown]
+        rates = [f"{rows[case]['tokens_per_second']:.0f}" if case in rows else "" for case in cases]
+        lines.append([run["model"], f"`{run['weights']}`", *rates])
+    note = (
+        f"{result['gpu']}, bfloat16 activations, random weights in the models' shapes, KV `int8` after 2048 "
+        f"tokens unless said otherwise, drawn on the device. Reading weights and cache alone would take "
+        f"the card {min(fractions):.0%} to {max(fractions):.0%} of these times."
+    )
+    return f"{_table(['model', 'weights', *(f'{what}, tok/s' for what in cases.values())], lines)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "cpu-serving": ("cpu-2core/cpu_serving.json", cpu_serving),
     "prefill-model": ("h200/prefill_model.json", prefill_model),
+    "decode-model": ("h200/decode_model.json", decode_model),
     "kv-quality": ("cpu-2core/kv_quality.json", kv_quality),
 }
 """Each table's result, below the folder of results, and what makes it."""

@@ -50,3 +50,19 @@ def test_what_cannot_be_made_is_an_error(results: Path, tmp_path: Path) -> None:
         filled("<!-- table:poems -->\n<!-- end -->\n", results)
     with pytest.raises(TableError, match="FileNotFoundError"):
         filled("<!-- table:cpu-serving -->\n<!-- end -->\n", results)
+
+
+def test_rates_of_generation_by_weights_and_streams(tmp_path: Path) -> None:
+    def row(cache: str, batch: int, length: int, rate: float, fraction: float) -> dict[str, object]:
+        case = {"cache": cache, "batch": batch, "length": length}
+        return {**case, "tokens_per_second": rate, "fraction_of_floor": fraction}
+
+    rows = [row("int8", 1, 2048, 251.4, 0.9), row("int8", 32, 8192, 3600, 0.81), row("none", 1, 2048, 1, 0.1)]
+    path = tmp_path / TABLES["decode-model"][0]
+    path.parent.mkdir()
+    path.write_text(
+        json.dumps({"gpu": "a card", "runs": [{"model": "llama-8b", "weights": "int4", "rows": rows}]})
+    )
+    made = filled("<!-- table:decode-model -->\n<!-- end -->\n", tmp_path)
+    assert "| llama-8b | `int4` | 251 |  | 3600 |  |" in made
+    assert "81% to 90%" in made

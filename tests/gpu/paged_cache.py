@@ -1,5 +1,6 @@
 """Random paged caches, bytes that no query may read set to 0xff (NaN as a half), and exact attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ from numpy.typing import NDArray
 
 from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
-from kvrelay_kernels.quant.affine import dequantize, quantize
+from kvrelay_kernels.quant.codec import dequantize, quantize
+
+Change = Callable[[NDArray[np.float32], str], NDArray[np.float32]]
+"""Makes of standard normal numbers `[length, kv_heads, head_dim]` what side `k` or `v` is to hold."""
 
 DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -26,8 +30,10 @@ class PagedCache:
     values: list[NDArray[np.float32]]
 
 
-def random_cache(rng: np.random.Generator, layout: BlockLayout, lengths: list[int]) -> PagedCache:
-    """Standard normal keys and values, blocks scattered over the arena."""
+def random_cache(
+    rng: np.random.Generator, layout: BlockLayout, lengths: list[int], change: Change | None = None
+) -> PagedCache:
+    """Standard normal keys and values, or what `change` makes of them; blocks scattered over the arena."""
     needed = [-(-length // BLOCK_TOKENS) for length in lengths]
     order = rng.permutation(sum(needed) + 3).astype(np.int32)
     arena = np.full((len(order), layout.block_bytes), 0xFF, np.uint8)
@@ -38,26 +44,24 @@ def random_cache(rng: np.random.Generator, layout: BlockLayout, lengths: list[in
         tables[s, : needed[s]] = blocks
         used += needed[s]
         for side, kept in (("k", keys), ("v", values)):
-            kept.append(_fill(rng, layout, arena, blocks, length, side))
+            drawn = rng.standard_normal((length, layout.kv_heads, layout.head_dim), np.float32)
+            drawn = drawn if change is None else change(drawn, side)
+            kept.append(_fill(drawn, layout, arena, blocks, side))
     return PagedCache(arena, tables, np.array(lengths, np.int32), keys, values)
 
 
 def _fill(
-    rng: np.random.Generator,
+    drawn: NDArray[np.float32],
     layout: BlockLayout,
     arena: NDArray[np.uint8],
     blocks: NDArray[np.int32],
-    length: int,
     side: str,
 ) -> NDArray[np.float32]:
-    shape = (length, layout.kv_heads, layout.head_dim)
-    drawn = rng.standard_normal(shape, np.float32)
-    if length == 0:
+    if not len(drawn):
         return drawn
     if layout.format.quantized:
-        words, scales, biases = quantize(drawn, layout.format)
-        parts = {"codes": words, "scales": scales, "biases": biases}
-        exact = dequantize(words, scales, biases, layout.format)
+        parts = quantize(drawn, layout.format)
+        exact = dequantize(parts, layout.format)
     else:
         rounded = drawn.astype(DTYPES[layout.format.element])
         parts, exact = {"values": rounded}, rounded.astype(np.float32)

@@ -12,9 +12,10 @@ import pytest
 from kvrelay_kernels.cuda.backend import CudaBackend
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.errors import FormatUnsupported, NonFiniteActivations
-from kvrelay_kernels.interface import AttentionSpec, RopeTable, StepBatch
+from kvrelay_kernels.interface import AttentionSpec, RopeTable, StepBatch, WeightMode
 from kvrelay_kernels.plans import PlanStore
 from kvrelay_kernels.quant import BlockLayout, parse_format
+from kvrelay_kernels.quant.formats import SCHEMES
 from kvrelay_kernels.reference.backend import ReferenceArena, ReferenceBackend
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
@@ -22,7 +23,7 @@ from model_runtime.steps import sequence_steps
 from tests.gpu.poisoned import UNIT, error, poisoned, rounded, to_device, to_host
 from tests.tiny_model import CONTEXT, POISON, VOCABULARY, write_tiny_model
 
-FORMATS = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]
+FORMATS = ["none", "int8-g32", "int4-g32", *SCHEMES]
 REFERENCE: Any = ReferenceBackend()
 STEPS = [
     ([200, 64, 1], [0, 0, 0], None),
@@ -104,14 +105,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_tiny_model(tmp_path_factory.mktemp("model"), window=request.param)
 
 
-def decoders(folder: Path, element: Element16) -> tuple[Decoder, Decoder]:
+def decoders(folder: Path, element: Element16, mode: WeightMode = "float") -> tuple[Decoder, Decoder]:
     """The model on the GPU and on the reference."""
     checkpoint = load_model(folder)
     backend: Any = CudaBackend(element=element, plans=PlanStore())
-    return Decoder(checkpoint, backend, "float"), Decoder(checkpoint, REFERENCE, "float")
+    return Decoder(checkpoint, backend, mode), Decoder(checkpoint, REFERENCE, mode)
 
 
-CODE_FLIPS = {"none": 0.0, "int8": 6e-3, "int4": 5e-2}
+CODE_FLIPS = {
+    "none": 0.0, "int8": 6e-3, "int6": 2e-2, "int4": 5e-2, "mxfp8": 2e-2, "mxfp4": 6e-2, "nvfp4": 6e-2,
+    "turbo4": 6e-2, "turbo3": 7e-2,
+}  # fmt: skip
 """What codes that fall to the other side of a rounding add: each moves an element by a step of its scale."""
 
 
@@ -133,12 +137,15 @@ def test_whole_steps_are_the_references(cupy: Any, folder: Path, element: Elemen
 
 
 @pytest.mark.parametrize("element", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kv_format", "mode"),
+    [*((fmt, "float") for fmt in ("none", "int8", "int4", "nvfp4", "turbo3")), ("int8", "int4")],
+)
 def test_no_cut_and_no_neighbour_changes_a_bit(
-    cupy: Any, folder: Path, element: Element16, kv_format: str
+    cupy: Any, folder: Path, element: Element16, kv_format: str, mode: WeightMode
 ) -> None:
     """One prompt, whole, in chunks of several sizes, and in steps that it shares with other prompts."""
-    decoder, _ = decoders(folder, element)
+    decoder, _ = decoders(folder, element, mode)
     rng = np.random.default_rng(6)
     ids, other = (rng.integers(3, VOCABULARY - 1, 700).tolist() for _ in range(2))
     found: list[tuple[list[bytes], Any]] = []
@@ -159,9 +166,10 @@ def test_no_cut_and_no_neighbour_changes_a_bit(
     assert all(one == found[0] for one in found[1:])
 
 
-def test_recorded_steps_are_the_same_bits(cupy: Any, folder: Path) -> None:
-    decoder, _ = decoders(folder, "float16")
-    arena, other = decoder.new_arena(64, "int8"), decoder.new_arena(64, "int8")
+@pytest.mark.parametrize(("kv_format", "mode"), [("int8", "float"), ("turbo4", "float"), ("int8", "int4")])
+def test_recorded_steps_are_the_same_bits(cupy: Any, folder: Path, kv_format: str, mode: WeightMode) -> None:
+    decoder, _ = decoders(folder, "float16", mode)
+    arena, other = decoder.new_arena(64, kv_format), decoder.new_arena(64, kv_format)
     with pytest.raises(IndexError):
         decoder.forward(sequence_steps([1, 1], [0, 0], [1, VOCABULARY])[0], arena)
     rng = np.random.default_rng(2)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, Element16
 from kvrelay_kernels.cuda.module import KernelCache
@@ -13,7 +14,10 @@ from kvrelay_kernels.quant import BlockLayout, parse_format
 from tests.gpu.paged_cache import DTYPES, PagedCache, exact_attention, random_cache
 
 HEADS = {64: (9, 3), 96: (12, 4), 128: (32, 8), 256: (16, 2)}
-FORMATS = ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"]
+FORMATS = ["none", "int8-g64", "int8-g32", "int6-g64", "int6-g32", "int4-g64", "int4-g32"]
+FORMATS += ["mxfp8", "mxfp4", "nvfp4", "turbo4", "turbo3"]
+KINDS = ["none", "int8-g64", "int6-g32", "int4-g32", "mxfp8", "mxfp4", "nvfp4", "turbo4", "turbo3"]
+"""One of each kind of kernel."""
 RAGGED = [1, 0, 63, 64, 65, 200, 1337, 5000]
 BOUND = 2e-3
 
@@ -67,13 +71,13 @@ def test_ragged_batch(cupy: Any, kernels: KernelCache, fmt: str, element: Elemen
 
 
 @pytest.mark.parametrize("window", [1, 63, 300])
-@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int4-g64"])
+@pytest.mark.parametrize("fmt", KINDS)
 def test_sliding_window(cupy: Any, kernels: KernelCache, fmt: str, window: int) -> None:
     check(cupy, kernels, make(fmt, 128, "bfloat16", window=window), RAGGED, seed=window)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5, 32])
-@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int4-g32"])
+@pytest.mark.parametrize("fmt", KINDS)
 @pytest.mark.parametrize("window", [None, 70])
 def test_several_rows(cupy: Any, kernels: KernelCache, fmt: str, rows: int, window: int | None) -> None:
     lengths = [rows, rows + 1, 64 + rows, 640, 3000]
@@ -81,8 +85,53 @@ def test_several_rows(cupy: Any, kernels: KernelCache, fmt: str, rows: int, wind
 
 
 @pytest.mark.parametrize("head_dim", HEADS)
-def test_rows_and_window_at_every_head_dimension(cupy: Any, kernels: KernelCache, head_dim: int) -> None:
-    check(cupy, kernels, make("int8-g32", head_dim, "float16", 4, 100), [4, 77, 1000], seed=head_dim)
+@pytest.mark.parametrize("fmt", ["int8-g32", "int6-g32", "mxfp4", "nvfp4", "turbo3"])
+def test_rows_and_window_at_every_head_dimension(
+    cupy: Any, kernels: KernelCache, fmt: str, head_dim: int
+) -> None:
+    check(cupy, kernels, make(fmt, head_dim, "float16", 4, 100), [4, 77, 1000], seed=head_dim)
+
+
+def test_frames_between_boxes(cupy: Any, kernels: KernelCache) -> None:
+    """Three groups of an odd number of heads: values begin where no box of the copy engine does."""
+    check(cupy, kernels, make("mxfp8", 96, "bfloat16", heads=(3, 1)), [70, 1, 2000], seed=3)
+
+
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("rise", [0.25, -0.25])
+def test_powers_of_two_far_from_one(cupy: Any, kernels: KernelCache, fmt: str, rise: float) -> None:
+    """Values that grow or shrink by 2^75 along a sequence, one in five of them zero."""
+
+    def change(x: NDArray[np.float32], side: str) -> NDArray[np.float32]:
+        at = np.arange(len(x))
+        sizes = np.where(at % 5, 2.0 ** (rise * (at - 150)), 0).astype(np.float32)
+        return x * sizes[:, None, None] if side == "v" else x
+
+    problem = make(fmt, 128, "bfloat16")
+    rng = np.random.default_rng(6)
+    cache = random_cache(rng, problem.layout, [300, 300], change)
+    q = rng.standard_normal((2, 32, 128)).astype(DTYPES["bfloat16"])
+    got = run(cupy, kernels, problem, cache, q)
+    assert relative_error(got, exact_attention(q, cache, problem.spec, 1)) < 2 * BOUND
+
+
+@pytest.mark.parametrize("side", "kv")
+@pytest.mark.parametrize("fmt", KINDS)
+def test_what_is_not_a_number_shows(cupy: Any, kernels: KernelCache, fmt: str, side: str) -> None:
+    """In the sequence that holds it, and in no other."""
+
+    def change(x: NDArray[np.float32], here: str) -> NDArray[np.float32]:
+        if here == side and len(x) == 130:
+            x[77, 0, 5] = np.nan
+        return x
+
+    problem = make(fmt, 128, "bfloat16")
+    rng = np.random.default_rng(4)
+    cache = random_cache(rng, problem.layout, [64, 130, 900], change)
+    q = rng.standard_normal((3, 32, 128)).astype(DTYPES["bfloat16"])
+    got = run(cupy, kernels, problem, cache, q)
+    assert np.isfinite(got[[0, 2]]).all()
+    assert not np.isfinite(got[1, 0, 5])
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (7, 1), (16, 1), (40, 2)])
@@ -111,8 +160,9 @@ def test_extreme_scores(cupy: Any, kernels: KernelCache) -> None:
     assert relative_error(got, exact_attention(q, cache, problem.spec, 1)) < 5e-3
 
 
-def test_same_input_same_bits(cupy: Any, kernels: KernelCache) -> None:
-    problem = make("int8-g64", 128, "bfloat16")
+@pytest.mark.parametrize("fmt", KINDS)
+def test_same_input_same_bits(cupy: Any, kernels: KernelCache, fmt: str) -> None:
+    problem = make(fmt, 128, "bfloat16")
     rng = np.random.default_rng(9)
     cache = random_cache(rng, problem.layout, RAGGED)
     q = rng.standard_normal((len(RAGGED), 32, 128)).astype(DTYPES["bfloat16"])

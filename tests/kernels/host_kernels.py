@@ -1,6 +1,7 @@
 """CUDA kernels compiled as C++ by g++ and run on this processor, called as CuPy's kernels are."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 import tempfile
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.module import SOURCES, KernelKey
 
 SHIM = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 
 class HostKernels:
@@ -30,29 +33,51 @@ class HostKernels:
 
 
 class HostKernel:
-    """One kernel in a shared library."""
+    """One kernel in a shared library; its thread blocks run one behind the other."""
 
     def __init__(self, key: KernelKey, folder: Path) -> None:
         # Quoted includes are looked for beside the file that has them: the shim's primitives must lie there.
-        for file in (SOURCES / f"{key.source}.cu", *SOURCES.glob("*.cuh"), *SHIM.iterdir()):
+        for file in (SOURCES / f"{key.source}.cu", *SOURCES.glob("*.cuh")):
+            text = _DYNAMIC_SHARED.sub(
+                r"static \1* const \2 = reinterpret_cast<\1*>(host::shared);", file.read_text()
+            )
+            (folder / file.name).write_text(text)
+        for file in SHIM.iterdir():
             shutil.copy(file, folder)
         library = folder / "kernel.so"
-        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-DKERNEL={key.source}"]
-        macros = [f"-D{name}={value}" for name, value in key.constants]
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        macros = {
+            "KERNEL": key.source,
+            "__CUDA_ARCH__": 10 * int(key.arch.removeprefix("sm_").rstrip("af")),
+            **dict(key.constants),
+        }
         assert COMPILER is not None
-        command = [COMPILER, *flags, *macros, "launch.cpp", "-o", str(library)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        command = [COMPILER, *flags, *[f"-D{name}={value}" for name, value in macros.items()], "launch.cpp"]
+        done = subprocess.run(
+            [*command, "-o", str(library)], cwd=folder, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"g++ refused {key}: {done.stderr}")
         self._launch = ctypes.CDLL(str(library)).launch
+        self._launch.restype = ctypes.c_char_p
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """Run a grid; arrays are passed by their addresses, Python's integers as 64 bits."""
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int = 0
+    ) -> None:
+        """Run a grid; arrays are passed by their addresses, Python's integers as 64 bits.
+
+        Raises RuntimeError where threads wait for each other in vain, or where shared memory is misused.
+        """
         columns, rows = (*grid, 1)[:2]
         values = [np.array([_value(arg)]) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        if self._launch(columns, rows, block[0], pointers):
-            raise RuntimeError("threads of a block wait at different barriers")
+        if fault := self._launch(columns, rows, block[0], shared_mem, pointers):
+            raise RuntimeError(fault.decode())
+
+
+def box_map(array: NDArray[np.uint8], box_rows: int) -> NDArray[np.uint64]:
+    """In place of `tensor_map`: a contiguous array as rows of 128 bytes, in boxes of `box_rows` of them."""
+    return np.array([array.ctypes.data, array.nbytes, box_rows], np.uint64)
 
 
 def _value(arg: Any) -> Any:

@@ -5,16 +5,23 @@ from pathlib import Path
 import pytest
 
 from kvrelay_kernels.cuda.block_sparse import SparseProblem
+from kvrelay_kernels.cuda.block_sparse_mma import SHAPES
+from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, Form
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem, Element16, launch_shape
+from kvrelay_kernels.cuda.decode_single_pass import single_pass_key
+from kvrelay_kernels.cuda.draw import DrawShape, newest_ids_key
 from kvrelay_kernels.cuda.expand import Expansion
+from kvrelay_kernels.cuda.expand_matrix import expand_matrix_key
+from kvrelay_kernels.cuda.few_rows import few_rows_shape
 from kvrelay_kernels.cuda.module import SOURCES, KernelCache, KernelKey
 from kvrelay_kernels.cuda.nvrtc import CompileFailed, compile_cubin, library
 from kvrelay_kernels.cuda.rope import MANY_PASSES, AppendShape
-from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key
+from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key, rotate_key
 from kvrelay_kernels.cuda.weights import convert_key
 from kvrelay_kernels.errors import BackendUnavailable
 from kvrelay_kernels.interface import Activation, AttentionSpec
 from kvrelay_kernels.quant import BlockLayout, parse_format
+from kvrelay_kernels.quant.formats import SCHEMES
 
 ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
@@ -26,6 +33,16 @@ PROBLEMS = {
     "int8-256": ("int8-g32", 256, 16, 2, 1),
     "int8-64": ("int8-g64", 64, 9, 3, 1),
     "int8-rows": ("int8-g64", 128, 32, 8, 4),
+    "int6": ("int6-g64", 128, 32, 8, 1),
+    "int6-96-rows": ("int6-g32", 96, 12, 4, 4),
+    "mxfp8": ("mxfp8", 128, 32, 8, 1),
+    "mxfp8-256": ("mxfp8", 256, 16, 2, 1),
+    "mxfp4": ("mxfp4", 128, 32, 8, 1),
+    "nvfp4": ("nvfp4", 128, 32, 8, 1),
+    "nvfp4-64": ("nvfp4", 64, 9, 3, 1),
+    "turbo4": ("turbo4", 128, 32, 8, 1),
+    "turbo3": ("turbo3", 128, 32, 8, 1),
+    "turbo3-256": ("turbo3", 256, 16, 2, 1),
 }
 
 
@@ -37,10 +54,14 @@ def nvrtc() -> None:
         pytest.skip(str(error))
 
 
-def decode_key(name: str, arch: str) -> KernelKey:
+def decode_problem(name: str) -> DecodeProblem:
     fmt, head_dim, heads, kv_heads, rows = PROBLEMS[name]
     layout = BlockLayout(parse_format(fmt, head_dim, "bfloat16"), kv_heads, head_dim)
-    problem = DecodeProblem(layout, AttentionSpec(heads, kv_heads, head_dim, 0.1), "bfloat16", rows)
+    return DecodeProblem(layout, AttentionSpec(heads, kv_heads, head_dim, 0.1), "bfloat16", rows)
+
+
+def decode_key(name: str, arch: str) -> KernelKey:
+    problem = decode_problem(name)
     return KernelKey.of("decode_attention", problem.constants(launch_shape(problem)), arch)
 
 
@@ -49,6 +70,14 @@ def decode_key(name: str, arch: str) -> KernelKey:
 def test_decode_attention_compiles(name: str, arch: str) -> None:
     cubin = KernelCache().cubin(decode_key(name, arch))
     assert cubin[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(("arch", "cluster"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 16), ("sm_100", 8)])
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+def test_decode_single_pass_compiles(name: str, arch: str, cluster: int) -> None:
+    problem = decode_problem(name)
+    key = single_pass_key(problem, launch_shape(problem), cluster, arch)
+    assert KernelCache().cubin(key)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -65,7 +94,23 @@ def test_block_sparse_compiles(heads: tuple[int, int, int], element: Element16, 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("fmt", ["none", "int8-g64", "int8-g32", "int4-g64", "int4-g32"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        SparseProblem(32, 8, 128, "bfloat16"),
+        SparseProblem(9, 3, 64, "float16"),
+        SparseProblem(12, 4, 96, "bfloat16"),
+        SparseProblem(16, 2, 256, "float16"),
+    ],
+)
+def test_block_sparse_mma_compiles(problem: SparseProblem, arch: str) -> None:
+    for shape in SHAPES[problem.head_dim]:
+        key = KernelKey.of("block_sparse_mma", shape.constants(problem), arch)
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("fmt", ["none", "int8-g32", *SCHEMES])
 def test_expand_blocks_compiles(fmt: str, arch: str) -> None:
     expansion = Expansion(BlockLayout(parse_format(fmt, 128, "bfloat16"), 8, 128), "bfloat16")
     assert KernelCache().cubin(expansion.key(arch))[:4] == b"\x7fELF"
@@ -74,11 +119,15 @@ def test_expand_blocks_compiles(fmt: str, arch: str) -> None:
 def row_keys(element: Element16, arch: str) -> list[KernelKey]:
     """The kernels that work on rows, in every variant."""
     appends = [("none", 128, 128, False), ("int8-g64", 128, 128, True), ("int4-g32", 96, 32, False),
-               ("int8-g32", 256, 256, True), ("int4-g64", 64, 64, False)]  # fmt: skip
+               ("int8-g32", 256, 256, True), ("int4-g64", 64, 64, False), ("int6-g32", 96, 96, False),
+               ("mxfp8", 64, 64, False), ("mxfp4", 128, 128, False), ("nvfp4", 256, 256, False),
+               ("turbo4", 128, 128, True), ("turbo3", 96, 96, False)]  # fmt: skip
+    passes = 1 if element == "float16" else MANY_PASSES
     return [
-        embed_key(element, arch),
+        *[embed_key(form, element, arch) for form in (ELEMENTS, Form(4, 32), Form(8, 16, wide=True))],
         *[gate_key(activation, element, arch) for activation in ACTIVATIONS],
         *[move_key(scatter, arch) for scatter in (False, True)],
+        *[rotate_key(run, element, arch) for run in (32, 64, 128, 256)],
         *[convert_key(kind, element, arch) for kind in range(4)],
         *[
             NormShape(width, residual, add, element).key(arch)
@@ -89,7 +138,6 @@ def row_keys(element: Element16, arch: str) -> list[KernelKey]:
                 BlockLayout(parse_format(fmt, dim, element), 8, dim), 32, rotated, norms, element, passes
             ).key(arch)
             for fmt, dim, rotated, norms in appends
-            for passes in (1, MANY_PASSES)
         ],
     ]
 
@@ -101,12 +149,49 @@ def test_row_kernels_compile(element: Element16, arch: str) -> None:
         assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("form", "element"),
+    [
+        (Form(4, 32), "bfloat16"),
+        (Form(4, 64, wide=True), "float16"),
+        (Form(8, 64), "float16"),
+        (Form(8, 16, wide=True), "bfloat16"),
+        (ELEMENTS, "bfloat16"),
+    ],
+)
+def test_kernels_of_weights_compile(form: Form, element: Element16, arch: str) -> None:
+    keys = [few_rows_shape(form, 1).key(form, False, element, False, arch)]
+    keys += [few_rows_shape(form, 4).key(form, True, element, True, arch)]
+    if form != ELEMENTS:
+        keys += [expand_matrix_key(form, element, arch)]
+    for key in keys:
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+
+
+def draw_keys(arch: str) -> list[KernelKey]:
+    """The kernels that draw tokens."""
+    sources = ("draw_peak", "draw_tally", "draw")
+    return [newest_ids_key(arch), *[DrawShape().key(source, arch) for source in sources]]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_draws_compile(arch: str) -> None:
+    for key in draw_keys(arch):
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+
+
 def test_every_source_is_tested() -> None:
     assert {path.stem for path in SOURCES.glob("*.cu")} == {
         "block_sparse",
+        "block_sparse_mma",
         "decode_attention",
         "decode_plan",
+        "decode_single_pass",
         "expand_blocks",
+        "expand_matrix",
+        "few_rows",
+        *(key.source for key in draw_keys("sm_80")),
         *(key.source for key in row_keys("float16", "sm_80")),
     }
 

@@ -54,17 +54,6 @@ def test_names_come_back(name: str) -> None:
     assert parse_format(fmt.name, 64) == fmt
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_only_affine_codes_have_bits(name: str) -> None:
-    """Kernels that look at `bits` alone must not take other codes for steps."""
-    fmt = parse_format(name, 64)
-    if name.startswith("int"):
-        assert fmt.bits == int(name[3:])
-    else:
-        with pytest.raises(FormatUnsupported, match=name):
-            _ = fmt.bits
-
-
 def test_a_group_is_the_largest_that_fits() -> None:
     assert [parse_format("int4", dim).group for dim in (64, 96, 128)] == [64, 32, 64]
     assert [parse_format("turbo3", dim).group for dim in (64, 96, 128, 256)] == [64, 32, 128, 256]

@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import DeviceBatch, Uploads, upload_batch
 from kvrelay_kernels.cuda.decode_attention import HEAD_DIMS, Element16
+from kvrelay_kernels.cuda.decode_route import DecodeRoute
 from kvrelay_kernels.cuda.decode_rows import DecodeRows
 from kvrelay_kernels.cuda.device import find_gpu
+from kvrelay_kernels.cuda.draw import MOST_TOKENS
+from kvrelay_kernels.cuda.drawn_steps import CudaDrawing
+from kvrelay_kernels.cuda.few_rows import MOST_ROWS
 from kvrelay_kernels.cuda.gemm import CudaLinear, Products, row_bucket
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.cuda.prefill_attention import PrefillAttention
@@ -48,9 +52,14 @@ class CudaBackend:
     chunk_tokens = 8192
 
     def __init__(
-        self, threads: int = 1, element: Element16 = "float16", plans: PlanStore | None = None
+        self,
+        threads: int = 1,
+        element: Element16 = "float16",
+        plans: PlanStore | None = None,
+        decode_route: DecodeRoute | None = None,
     ) -> None:
         """`plans` keeps compiled kernels and tuned choices; None: those of this user's machine.
+        `decode_route` forces the kernel that attends for decoding sequences; None: the table's.
 
         The host's part needs one thread, whatever `threads` allows. float16 has three bits more than bfloat16
         and holds what SmolLM2 and the smallest Gemma 3 compute beside the residual stream, 25000 at most;
@@ -74,10 +83,10 @@ class CudaBackend:
         self._kernels = kernels = KernelCache(store)
         self.uploads = Uploads()
         self._weights = WeightLoader(element, kernels)
-        self._products = Products(element, store, gpu.device_class)
+        self._products = Products(element, kernels, store, gpu.device_class)
         self._rows = RowKernels(element, kernels)
         self._append = RopeAppend(element, kernels)
-        self._decode = DecodeRows(element, kernels, self._rows)
+        self._decode = DecodeRows(element, kernels, self._rows, store, gpu.device_class, decode_route)
         self._prefill = PrefillAttention(element, kernels, self.uploads, store, gpu.device_class, self.counts)
         self.recorded = cupy.cuda.MemoryPool()
         """What all recorded steps work in; they run one at a time."""
@@ -87,12 +96,13 @@ class CudaBackend:
     @property
     def plan_counts(self) -> PlanCounts:
         """How kernels and tuned choices were come by since the start."""
-        return self._kernels.counts + self._products.counts
+        attention = self._decode.plan_counts + self._prefill.plan_counts
+        return self._kernels.counts + self._products.counts + attention
 
     def load_linear(
         self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None
     ) -> CudaLinear:
-        """See `Backend.load_linear`; codes are rounded to 16 bit. Raises FormatUnsupported, MemoryError."""
+        """See `Backend.load_linear`; codes stay codes. Raises FormatUnsupported, MemoryError."""
         self.stream.use()
         return self._weights.matrix(parts, mode, bias)
 
@@ -113,8 +123,6 @@ class CudaBackend:
             raise FormatUnsupported(
                 f"this backend keeps unquantized caches in {self.element}, not {layout.format.element}"
             )
-        if layout.format.bits not in (0, 4, 8):
-            raise FormatUnsupported(f"no kernel on CUDA reads a cache of {layout.format.name} yet")
         self.stream.use()
         return CudaArena(layout, layers, blocks)
 
@@ -143,10 +151,12 @@ class CudaBackend:
         self._rows.norm(x, weight, eps, out, y, total)
         return total, out
 
-    def linear(self, x: Any, weight: CudaLinear) -> Any:
-        """`x @ weight.T (+ bias)`."""
+    def linear(self, x: Any, weight: CudaLinear, batch: StepBatch | None = None) -> Any:
+        """See `Backend.linear`: with a matrix of codes, prompts and other rows are products of two kinds."""
         out = self._blank(len(x), weight.n)
-        self._products(x, weight, out)
+        runs = [(0, len(x), len(x) > MOST_ROWS)] if batch is None or not weight.coded else batch.runs
+        for begin, end, prompts in runs:
+            self._products(x[begin:end], weight, out[begin:end], prompts)
         return out
 
     def gate(self, gate_up: Any, activation: Activation) -> Any:
@@ -199,6 +209,8 @@ class CudaBackend:
         self._decode(q.reshape(heads), batch, arena, layer, spec, out.reshape(heads))
         if batch.host.prompt_numbers:
             self._prefill.prefill(q.reshape(heads), batch, arena, layer, spec, out.reshape(heads))
+        if arena.layout.format.rotates_values:
+            self._rows.rotate(out, spec.head_dim)
         return out
 
     def logits(self, x: Any, head: CudaLinear, rows: NDArray[np.int32]) -> Logits:
@@ -216,18 +228,32 @@ class CudaBackend:
         from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
 
         out = self._blank(len(x), head.n, np.float32)
-        self._products(x, head, out)
+        self.logits_into(x, head, out)
         # Of the runtime itself: CuPy's own copies refuse to be taken down in a graph.
         to_host = runtime.memcpyDeviceToHost
         runtime.memcpyAsync(host.ctypes.data, out.data.ptr, host.nbytes, to_host, self.stream.ptr)
         return host
 
+    def logits_into(self, x: Any, head: CudaLinear, out: Any) -> None:
+        """Logits of all rows of `x`, to float32 `[rows, vocabulary]` on the device."""
+        self._products(x, head, out, prompts=False)
+
     def record(self, step: Step, rows: int, arena: CudaArena) -> RecordedStep:
         """The step as a CUDA graph: the host uploads its batch, launches once, and reads the logits."""
         return Recording(self, step, arena)
 
+    def new_drawing(self, vocabulary: int, places: int) -> CudaDrawing | None:
+        """See `Backend.new_drawing`; None for vocabularies of more than `MOST_TOKENS`."""
+        self.stream.use()
+        return CudaDrawing(self, self._kernels, vocabulary, places) if vocabulary <= MOST_TOKENS else None
+
     def warm(self, shapes: Mapping[str, Any]) -> None:
         """Have the algorithms of all products up to a chunk of rows chosen when they are first met."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        # What loading worked in goes back: other workers may share the card, and all share the host.
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
         self._products.expect(max(shapes["chunk"], shapes["sequences"]), shapes["sequences"])
 
     def _there(self, batch: StepBatch, arena: CudaArena) -> DeviceBatch:

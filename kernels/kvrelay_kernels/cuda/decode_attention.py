@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kvrelay_kernels.cuda.device import shared_memory_limit
+from kvrelay_kernels.cuda.format_constants import format_constants
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, tensor_map
 from kvrelay_kernels.errors import FormatUnsupported
@@ -13,8 +15,15 @@ from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS = 32
-SHARED_BYTES = 227 * 1024 - 1024
-"""Dynamic shared memory a thread block can have, from compute capability 9.0 on (8.0 has 163 KiB)."""
+RESERVED_BYTES = 1024
+"""Shared memory of a thread block that kernels leave to the system."""
+SHARED_BYTES = 227 * 1024 - RESERVED_BYTES
+"""Dynamic shared memory a thread block can have on compute capabilities 9.0 and 10.0."""
+
+BOX_BYTES = 1024
+"""Codes of a tile begin at multiples of this in shared memory: the copy engine's swizzle repeats there."""
+_WIDENED = {6: 8, 3: 4}
+"""Bits of codes that straddle words, and what they are widened to before they are loaded."""
 
 LOG2_E = 1.4426950408889634
 
@@ -53,8 +62,6 @@ class DecodeProblem:
             raise FormatUnsupported(
                 f"decode attention runs head dimensions {HEAD_DIMS}, not {self.layout.head_dim}"
             )
-        if fmt.bits not in (0, 4, 8):
-            raise FormatUnsupported(f"decode attention on CUDA cannot read the format {fmt.name}")
         if not fmt.quantized and fmt.element != self.element:
             raise FormatUnsupported(f"a cache of {fmt.element} does not go with {self.element} queries")
         if (spec.kv_heads, spec.head_dim) != (self.layout.kv_heads, self.layout.head_dim):
@@ -79,18 +86,8 @@ class DecodeProblem:
 
     def constants(self, shape: LaunchShape) -> dict[str, int]:
         """Macros of the kernel's source."""
-        fmt, spec = self.layout.format, self.spec
-        offsets: dict[str, int] = dict.fromkeys(
-            ("K_CODES", "K_SCALES", "K_BIASES", "V_CODES", "V_SCALES", "V_BIASES"), 0
-        )
-        for frame in self.layout.frames:
-            offsets[frame.name.upper().replace("VALUES", "CODES")] = frame.offset
-        return offsets | {
-            "BITS": fmt.bits or 16,
-            "HEAD_DIM": spec.head_dim,
-            "GROUP": fmt.group or spec.head_dim,
-            "BLOCK_BYTES": self.layout.block_bytes,
-            "KV_HEADS": spec.kv_heads,
+        spec = self.spec
+        return format_constants(self.layout) | {
             "HEADS_PER_KV": spec.heads // spec.kv_heads,
             "ROWS": self.rows,
             "QUERY_TILE": self.query_tile,
@@ -101,14 +98,89 @@ class DecodeProblem:
             "BLOCKS_PER_SM": shape.blocks_per_sm,
         }
 
+    def key(self, shape: LaunchShape, arch: str) -> KernelKey:
+        """What the kernel is compiled from."""
+        return KernelKey.of("decode_attention", self.constants(shape), arch)
+
+    def box_rows(self, shape: LaunchShape) -> int:
+        """Rows of `ROW_BYTES` that the copy engine fetches at once: a tile of one KV head's codes."""
+        return shape.tile * self.spec.head_dim * self._bits // 8 // ROW_BYTES
+
     def shared_bytes(self, shape: LaunchShape) -> int:
         """Dynamic shared memory of a thread block; mirrors `decode_shape.cuh`."""
-        fmt, dim = self.layout.format, self.spec.head_dim
-        row = dim * (fmt.bits or 16) // 8
-        scales = 4 * 2 * dim // fmt.group if fmt.quantized else 0
-        ring = shape.warps * shape.stages * (shape.tile * (2 * row + scales) + 8) + 8
-        area = shape.warps * min(self.queries, self.query_tile) * (dim + 4) * 4
-        return ring + area + 2 * shape.warps * self.query_tile * 4 + 16
+        dim, bits, frames = self.spec.head_dim, self._bits, self.layout.frames
+        scales = sum(frame.nbytes for frame in frames if not frame.name.endswith(("codes", "values")))
+        scales = scales // (self.spec.kv_heads * BLOCK_TOKENS)
+
+        def two_sides(width: int) -> int:
+            return 2 * -(-shape.tile * dim * width // 8 // BOX_BYTES) * BOX_BYTES
+
+        ring = shape.stages * (two_sides(bits) + shape.tile * scales + 8)
+        widened = two_sides(_WIDENED[bits]) if bits in _WIDENED else 0
+        area = min(self.queries, self.query_tile) * (dim + 4) * 4
+        return shape.warps * (ring + widened + area + 2 * self.query_tile * 4) + 8 + 16
+
+    @property
+    def _bits(self) -> int:
+        return self.layout.format.code_bits or 16
+
+
+class DecodeLaunch:
+    """The kernels of one problem and the memory they work in, wherever that lies.
+
+    `plan` comes before the instance is called, once for all layers of a step. Neither allocates or waits.
+    """
+
+    def __init__(
+        self,
+        problem: DecodeProblem,
+        shape: LaunchShape,
+        sequences: int,
+        blocks: int,
+        arch: str,
+        kernels: KernelCache,
+        arrays: Any,
+    ) -> None:
+        """`blocks` thread blocks share the work; `arrays` is the array library: CuPy, or NumPy in tests."""
+        self.problem, self.shape, self.sequences, self.blocks = problem, shape, sequences, blocks
+        self._shared = problem.shared_bytes(shape)
+        self._plan_kernel = kernels.load(KernelKey.of("decode_plan", {}, arch), 4 * (sequences + 1))
+        self._kernel = kernels.load(problem.key(shape, arch), self._shared)
+        self._heads = problem.spec.kv_heads * problem.query_tiles
+        slots = blocks + sequences * self._heads
+        queries = min(problem.queries, problem.query_tile)
+        self._partials = arrays.empty((slots, queries, problem.spec.head_dim), np.float32)
+        self._stats = arrays.empty((slots, queries, 2), np.float32)
+        self._arrivals = arrays.zeros(sequences * self._heads, np.uint32)
+        self._plan = arrays.zeros(4 + 8 * slots + sequences, np.int32)
+        self._planned = 0
+
+    def plan(self, lengths: Any) -> None:
+        """See `DecodeAttention.plan`."""
+        if lengths.shape[0] > self.sequences:
+            raise ValueError(f"{lengths.shape[0]} sequences do not fit a workspace for {self.sequences}")
+        self._planned = lengths.shape[0]
+        args = (
+            lengths, *map(np.int32, (
+                self._planned, self.problem.rows, self.problem.spec.window or 0, self._heads, self.blocks,
+                self.shape.begin_cost,
+            )), self._plan,
+        )  # fmt: skip
+        self._plan_kernel((1,), (512,), args, shared_mem=4 * (self._planned + 1))
+
+    def __call__(self, q: Any, cache: int, box_map: Any, layer_bytes: int, tables: Any, out: Any) -> None:
+        """Attention over a layer that begins `layer_bytes` behind the address `cache`, as planned.
+
+        `box_map` describes the cache to the copy engine (`box_rows`); `q`, `tables` and `out` are those of
+        `DecodeAttention`.
+        """
+        args = (
+            q, box_map, cache + layer_bytes, np.int32(layer_bytes // ROW_BYTES),
+            tables, self._plan, out, self._partials, self._stats, self._arrivals,
+            np.int32(tables.strides[0] // 4), np.int32(self._planned),
+            np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
+        )  # fmt: skip
+        self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
 
 
 class DecodeAttention:
@@ -129,26 +201,15 @@ class DecodeAttention:
         from cupy.cuda import driver  # pyright: ignore[reportMissingImports]
 
         self.problem, self.sequences = problem, sequences
-        self.shape = shape = shape or launch_shape(problem)
-        self._shared = problem.shared_bytes(shape)
-        arch = device_arch()
-        self._plan_kernel = kernels.load(KernelKey.of("decode_plan", {}, arch), 4 * (sequences + 1))
-        key = KernelKey.of("decode_attention", problem.constants(shape), arch)
-        self._kernel = kernels.load(key, self._shared)
-        threads = 32 * shape.warps
-        fitting = driver.occupancyMaxActiveBlocksPerMultiprocessor(self._kernel.ptr, threads, self._shared)
+        self.shape = shape = shape or launch_shape(problem, shared_memory_limit() - RESERVED_BYTES)
+        arch, shared = device_arch(), problem.shared_bytes(shape)
+        kernel = kernels.load(problem.key(shape, arch), shared)
+        fitting = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.ptr, 32 * shape.warps, shared)
         if fitting == 0:
-            raise FormatUnsupported(f"{shape} needs {self._shared} bytes of shared memory")
+            raise FormatUnsupported(f"{shape} needs {shared} bytes of shared memory")
         processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.blocks = processors * min(fitting, shape.blocks_per_sm)
-        self._heads = problem.spec.kv_heads * problem.query_tiles
-        slots = self.blocks + sequences * self._heads
-        queries = min(problem.queries, problem.query_tile)
-        self._partials = cupy.empty((slots, queries, problem.spec.head_dim), np.float32)
-        self._stats = cupy.empty((slots, queries, 2), np.float32)
-        self._arrivals = cupy.zeros(sequences * self._heads, np.uint32)
-        self._plan = cupy.zeros(4 + 8 * slots + sequences, np.int32)
-        self._planned = 0
+        self._launch = DecodeLaunch(problem, shape, sequences, self.blocks, arch, kernels, cupy)
         self._arena: Any = None
         self._map: Any = None
 
@@ -159,8 +220,7 @@ class DecodeAttention:
             raise ValueError(
                 f"an arena of {layout} is [layers, blocks, {layout.block_bytes}], not {arena.shape}"
             )
-        box = self.shape.tile * layout.frames[0].nbytes // (BLOCK_TOKENS * layout.kv_heads) // ROW_BYTES
-        self._map = tensor_map(arena.data.ptr, arena.nbytes, box)
+        self._map = tensor_map(arena.data.ptr, arena.nbytes, self.problem.box_rows(self.shape))
         self._arena = arena
 
     def plan(self, lengths: Any) -> None:
@@ -170,16 +230,7 @@ class DecodeAttention:
             lengths: `[sequences]` int32 on the device, the query rows included; 0 for a slot that is free,
                 whose output is zero.
         """
-        if lengths.shape[0] > self.sequences:
-            raise ValueError(f"{lengths.shape[0]} sequences do not fit a workspace for {self.sequences}")
-        self._planned = lengths.shape[0]
-        args = (
-            lengths, *map(np.int32, (
-                self._planned, self.problem.rows, self.problem.spec.window or 0, self._heads, self.blocks,
-                self.shape.begin_cost,
-            )), self._plan,
-        )  # fmt: skip
-        self._plan_kernel((1,), (512,), args, shared_mem=4 * (self._planned + 1))
+        self._launch.plan(lengths)
 
     def __call__(self, q: Any, layer: int, tables: Any, out: Any) -> None:
         """Write attention of `q` over a layer of the arena to `out`, on CuPy's current stream, as planned.
@@ -189,41 +240,52 @@ class DecodeAttention:
                 `lengths - rows + r`.
             layer: whose keys and values to read.
             tables: `[sequences, n]` int32, arena blocks in order; entries past a length are not read.
-            out: as `q`.
+            out: as `q`; where the format rotates values, the result as it is rotated with them.
         """
-        layer_bytes = self._arena.shape[1] * self._arena.shape[2]
-        args = (
-            q, self._map,
-            self._arena.data.ptr + layer * layer_bytes, np.int32(layer * layer_bytes // ROW_BYTES),
-            tables, self._plan, out, self._partials, self._stats, self._arrivals,
-            np.int32(tables.strides[0] // 4), np.int32(self._planned),
-            np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
-        )  # fmt: skip
-        self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
+        layer_bytes = layer * self._arena.shape[1] * self._arena.shape[2]
+        self._launch(q, self._arena.data.ptr, self._map, layer_bytes, tables, out)
 
 
-# Measured on an H200 (docs/kernels.md): (bits of an element, head dimension) -> warps, stages, tile.
-_MEASURED = {
+# (bits of an element, head dimension) -> warps, stages, tile. Measured on an H200 (docs/kernels.md) without
+# codes and for affine codes of 8 and 4 bits; a first guess for all other formats.
+_SHAPES = {
     (16, 64): (8, 2, 32),
     (16, 128): (8, 2, 16),
     (16, 256): (4, 2, 16),
     (8, 64): (8, 2, 32),
     (8, 128): (12, 2, 16),
     (8, 256): (6, 2, 16),
+    (6, 64): (8, 2, 32),
+    (6, 128): (12, 2, 16),
+    (6, 256): (6, 2, 16),
     (4, 64): (16, 2, 64),
     (4, 128): (8, 2, 64),
     (4, 256): (8, 2, 32),
+    (3, 256): (8, 2, 32),
 }
-_BEGIN_COST = {16: 4, 8: 6, 4: 12}
+_OWN_SHAPES = {("nvfp4", 64): (12, 2, 64)}
+"""Formats that need more registers than others of as many bits."""
+_BEGIN_COST = {16: 4, 8: 6, 6: 8, 4: 12, 3: 14}
 
 
-def launch_shape(problem: DecodeProblem) -> LaunchShape:
-    """The measured choice for a problem, with as many warps as fit into shared memory and registers."""
-    bits = problem.layout.format.bits or 16
-    warps, stages, tile = _MEASURED.get((bits, problem.spec.head_dim), (8, 2, 64 if bits == 4 else 32))
+def launch_shape(problem: DecodeProblem, shared_limit: int = SHARED_BYTES) -> LaunchShape:
+    """The choice for a problem, with as many warps as fit into `shared_limit` bytes and into registers.
+
+    Raises:
+        FormatUnsupported: not even one fits.
+    """
+    fmt, dim = problem.layout.format, problem.spec.head_dim
+    bits = fmt.code_bits or 16
+    own = _OWN_SHAPES.get((fmt.base, dim))
+    warps, stages, tile = own or _SHAPES.get((bits, dim), (8, 2, 64 if bits <= 4 else 32))
     if problem.query_tile == 16:
         warps = min(warps, 8)
     shape = LaunchShape(warps, stages, tile, begin_cost=_BEGIN_COST[bits])
-    while problem.shared_bytes(shape) > SHARED_BYTES:
+    while problem.shared_bytes(shape) > shared_limit:
+        if shape.warps == 1:
+            raise FormatUnsupported(
+                f"decode attention on {problem.layout.format.name}, head dimension {problem.spec.head_dim},"
+                f" needs {problem.shared_bytes(shape)} bytes of shared memory; the GPU has {shared_limit}"
+            )
         shape = replace(shape, warps=shape.warps - 1)
     return shape

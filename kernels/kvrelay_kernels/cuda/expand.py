@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.format_constants import format_constants
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.quant import BlockLayout
 from kvrelay_kernels.quant.formats import CacheFormat, Element
@@ -32,16 +33,8 @@ class Expansion:
 
     def key(self, arch: str) -> KernelKey:
         """The kernel."""
-        layout, to = self.layout, self.expanded
-        parts = [f"{side}_{part}" for side in "KV" for part in ("CODES", "SCALES", "BIASES")]
-        constants = dict.fromkeys(parts, 0)
-        constants |= {frame.name.upper().replace("VALUES", "CODES"): frame.offset for frame in layout.frames}
-        constants |= {
-            "BITS": layout.format.bits or 16,
-            "GROUP": layout.format.group or layout.head_dim,
-            "HEAD_DIM": layout.head_dim,
-            "KV_HEADS": layout.kv_heads,
-            "FROM_BYTES": layout.block_bytes,
+        to = self.expanded
+        constants = format_constants(self.layout) | {
             "TO_BYTES": to.block_bytes,
             "TO_K": to.frame("k_values").offset,
             "TO_V": to.frame("v_values").offset,

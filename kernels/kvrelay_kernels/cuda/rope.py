@@ -8,6 +8,7 @@ import numpy as np
 
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import DeviceBatch
+from kvrelay_kernels.cuda.format_constants import format_constants
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import AttentionSpec, RopeTable
@@ -36,8 +37,6 @@ class AppendShape:
         dim, fmt = self.layout.head_dim, self.layout.format
         if dim % 8 or dim > 256 or self.rotated % 16:
             raise FormatUnsupported(f"head dimension {dim} with {self.rotated} turned: multiples of 8, of 16")
-        if fmt.bits not in (0, 4, 8):
-            raise FormatUnsupported(f"the format {fmt.name} cannot be written on CUDA")
         if not fmt.quantized and fmt.element != self.element:
             raise FormatUnsupported(
                 f"a cache of {fmt.element} does not go with activations of {self.element}"
@@ -51,22 +50,12 @@ class AppendShape:
 
     def key(self, arch: str) -> KernelKey:
         """The kernel."""
-        layout, fmt = self.layout, self.layout.format
-        names = ("K_CODES", "K_SCALES", "K_BIASES", "V_CODES", "V_SCALES", "V_BIASES")
-        places: dict[str, int] = dict.fromkeys(names, 0)
-        for frame in layout.frames:
-            places[frame.name.upper().replace("VALUES", "CODES")] = frame.offset
-        constants = places | {
+        constants = format_constants(self.layout) | {
             "HEADS": self.heads,
-            "KV_HEADS": layout.kv_heads,
-            "HEAD_DIM": layout.head_dim,
             "HALF": self.rotated // 2,
-            "BITS": fmt.bits or 16,
-            "GROUP": fmt.group or layout.head_dim,
             "NORMS": int(self.norms),
             "PASSES": self.passes,
             "BFLOAT": int(self.element == "bfloat16"),
-            "BLOCK_BYTES": layout.block_bytes,
         }
         return KernelKey.of("rope_append", constants, arch)
 

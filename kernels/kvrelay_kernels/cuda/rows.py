@@ -1,4 +1,4 @@
-"""Launchers of the kernels that work on rows one by one: embedding, norms, gate, and moving rows."""
+"""Launchers of the kernels that work on rows one by one: embedding, norms, gate, moving and rotating rows."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, CodedMatrix, Form
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import Activation
 from kvrelay_kernels.quant.formats import Element
+from kvrelay_kernels.quant.rotation import run_length
 
 WIDEST = 32768
 """Columns that a norm can hold in registers."""
 GATE_THREADS = 256
+ROTATE_THREADS = 256
 UNIT_BYTES = 16
 
 
@@ -49,9 +52,9 @@ class NormShape:
         return KernelKey.of("rms_norm", constants, arch)
 
 
-def embed_key(element: Element, arch: str) -> KernelKey:
-    """The kernel that looks rows up."""
-    return KernelKey.of("embed", {"BFLOAT": element == "bfloat16"}, arch)
+def embed_key(form: Form, element: Element, arch: str) -> KernelKey:
+    """The kernel that looks rows up in a form of table."""
+    return KernelKey.of("embed", form.constants | {"BFLOAT": element == "bfloat16"}, arch)
 
 
 def gate_key(activation: Activation, element: Element, arch: str) -> KernelKey:
@@ -63,6 +66,11 @@ def gate_key(activation: Activation, element: Element, arch: str) -> KernelKey:
 def move_key(scatter: bool, arch: str) -> KernelKey:
     """The kernel that gathers rows, or scatters them."""
     return KernelKey.of("move_rows", {"SCATTER": scatter}, arch)
+
+
+def rotate_key(run: int, element: Element, arch: str) -> KernelKey:
+    """The kernel that rotates runs of so many elements."""
+    return KernelKey.of("rotate_rows", {"RUN": run, "BFLOAT": element == "bfloat16"}, arch)
 
 
 class RowKernels:
@@ -84,11 +92,13 @@ class RowKernels:
         self._load, self._norm, self._arch = load, norm, arch
 
     def embed(self, table: Any, ids: Any, scale: float, out: Any) -> None:
-        """`out[i] = table[ids[i]] * scale`: uint16 `[n, width]` -> float32 `[rows, width]`."""
-        kernel = self._load(embed_key(self._element, self._arch))
+        """`out[i] = table[ids[i]] * scale`: uint16 `[n, width]`, or codes -> float32 `[rows, width]`."""
+        coded = isinstance(table, CodedMatrix)
+        kernel = self._load(embed_key(table.form if coded else ELEMENTS, self._element, self._arch))
         width = out.shape[1]
         threads = min(512, -(-width // 128) * 32)
-        kernel((len(out),), (threads,), (table, ids, np.float32(scale), np.int32(width), out))
+        data = (table.codes, table.factors) if coded else (table, 0)
+        kernel((len(out),), (threads,), (*data, ids, np.float32(scale), np.int32(width), out))
 
     def norm(self, x: Any, weight: Any, eps: float, out: Any, y: Any = None, total: Any = None) -> None:
         """RMS norm of `x`, or of `x + y`, which goes to `total` then; float32 `x` is a residual stream."""
@@ -105,6 +115,12 @@ class RowKernels:
         rows, width = out.shape
         blocks = -(-width // (8 * GATE_THREADS))
         kernel((blocks, rows), (GATE_THREADS,), (gate_up, np.int32(width), out))
+
+    def rotate(self, x: Any, head_dim: int) -> None:
+        """Rotate the heads of `x`, uint16 `[rows, heads * head_dim]`, in place; it undoes itself."""
+        kernel = self._load(rotate_key(run_length(head_dim), self._element, self._arch))
+        blocks = -(-x.size // (8 * ROTATE_THREADS))
+        kernel((blocks,), (ROTATE_THREADS,), (x, np.int64(x.size)))
 
     def gather(self, x: Any, rows: Any, out: Any) -> None:
         """`out[i] = x[rows[i]]`."""

@@ -83,16 +83,6 @@ class CacheFormat:
         return self.quantized and self.scheme.levels is None
 
     @property
-    def bits(self) -> int:
-        """Bits of an affine code, and 0 for `none`: what a kernel asks that reads no other codes.
-
-        Raises FormatUnsupported where codes are no steps, so that none is ever taken for one.
-        """
-        if self.quantized and not self.affine:
-            raise FormatUnsupported(f"codes of {self.name} are no affine ones, and nothing else is read here")
-        return self.code_bits
-
-    @property
     def rotates_values(self) -> bool:
         """Whether V is rotated, too: attention's result is then, and must be rotated back."""
         return self.quantized and self.scheme.groups is None

@@ -1,17 +1,19 @@
 // One kernel, as a function that takes a grid: compiled with -DKERNEL=name, beside the kernel's source.
+#ifndef CLUSTER
+#define CLUSTER 1  // thread blocks that run together
+#endif
 #define TEXT_OF(name) #name
 #define FILE_OF(name) TEXT_OF(name.cu)
 #include FILE_OF(KERNEL)
 
-extern "C" int launch(int columns, int rows, int threads, void** given) {
-    host::arguments = given;
+// Null, or what went wrong.
+extern "C" const char* launch(int columns, int rows, int threads, int shared_bytes, void** given) {
+    if (shared_bytes > host::most_shared_bytes) return "more shared memory than there is";
+    host::arguments = given, host::shared_bytes = shared_bytes;
     host::body = [] { host::call(KERNEL); };
     gridDim = {columns, rows, 1}, blockDim = {threads, 1, 1};
-    try {
-        for (int y = 0; y < rows; y++)
-            for (int x = 0; x < columns; x++) blockIdx = {x, y, 0}, host::run_block(threads);
-    } catch (const std::runtime_error&) {
-        return 1;
-    }
-    return 0;
+    for (int y = 0; y < rows; y++)
+        for (int x = 0; x < columns; x += CLUSTER)
+            if (!host::run_cluster(CLUSTER, x, y, threads)) return host::fault;
+    return nullptr;
 }

@@ -1,17 +1,10 @@
-// In place of the kernels' own primitives: CUDA C++ as C++17 on an ordinary processor. It checks arithmetic and
-// addresses, and hangs up on divergent barriers; it shows nothing of NVIDIA's compiler or of speed.
-//
-// Every thread of a thread block is a fiber; thread blocks run one behind the other. A fiber that comes to a barrier,
-// of its warp or of its thread block, gives way until all the others have come to it.
+// In place of the kernels' own primitives: CUDA C++ as C++17 on an ordinary processor. It checks arithmetic, addresses,
+// waits and divergent barriers; it shows nothing of NVIDIA's compiler or of speed, and sums of matrix instructions are
+// rounded once where tensor cores cut off bits.
 #pragma once
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <utility>
-#include <vector>
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -20,144 +13,141 @@ using u64 = unsigned long long;
 using std::max;
 using std::min;
 
-#define DEVICE static inline
+#define DEVICE inline
 #define __global__
+#define __device__
+#define __noinline__
 #define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 
 struct uint2 { u32 x, y; };
-struct uint4 { u32 x, y, z, w; };
-struct float4 { float x, y, z, w; };
-struct Index { int x, y, z; };
-static Index threadIdx, blockIdx, blockDim, gridDim;
+struct __align__(16) uint4 { u32 x, y, z, w; };
+struct int2 { int x, y; };
+struct __align__(16) int4 { int x, y, z, w; };
+struct float2 { float x, y; };
+struct __align__(16) float4 { float x, y, z, w; };
 constexpr u32 every_lane = 0xffffffffu;
 
-namespace host {
-struct Barrier {
-    int arrived = 0, generation = 0;
-};
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(1 << 16);
-    bool done;
-};
-static std::vector<Fiber> fibers;
-static std::vector<Barrier> warps;
-static Barrier block;
-static std::vector<u32> exchanged;
-static ucontext_t scheduler;
-static int current;
+#include "fibers.h"
+#include "shared_memory.h"
+#include "cluster.h"
+#include "warp.h"
 
-static void wait_at(Barrier& barrier, int count) {
-    const int generation = barrier.generation;
-    if (++barrier.arrived == count) barrier.arrived = 0, barrier.generation++;
-    while (barrier.generation == generation) {
-        const int me = current;
-        swapcontext(&fibers[me].context, &scheduler);
-        threadIdx.x = me;
-    }
+// Vectors are loaded whole, from multiples of their size.
+template <class T>
+static T __ldg(const T* from) {
+    if (u64(from) % alignof(T)) host::stop("a load from a misaligned address");
+    return *from;
+}
+static float4 load_fresh(const float4* from) { return __ldg(from); }
+static float2 load_fresh(const float2* from) { return __ldg(from); }
+static uint4 load_once(const uint4* from) { return __ldg(from); }
+static uint2 load_once(const uint2* from) { return __ldg(from); }
+static u32 arrive(u32* counter, u32 limit) {
+    const u32 old = *counter;
+    *counter = old >= limit ? 0 : old + 1;
+    return old;
 }
 
-template <class F>
-static auto exchange(u32 word, F read) {
-    Barrier& warp = warps[threadIdx.x / 32];
-    exchanged[threadIdx.x] = word;
-    wait_at(warp, 32);
-    const auto result = read(exchanged.data() + threadIdx.x / 32 * 32);
-    wait_at(warp, 32);
-    return result;
-}
-template <class T>
-static T read_as(const void* from) {
-    T to;
-    std::memcpy(&to, from, sizeof to);
-    return to;
-}
-}  // namespace host
-
-static void __syncthreads() { host::wait_at(host::block, blockDim.x); }
-static void __syncwarp() { host::wait_at(host::warps[threadIdx.x / 32], 32); }
-template <class T>
-static T __shfl_sync(u32, T x, int lane) {
-    using namespace host;
-    return exchange(read_as<u32>(&x), [=](const u32* words) { return read_as<T>(words + (lane & 31)); });
-}
-template <class T>
-static T __shfl_xor_sync(u32, T x, int mask) {
-    return __shfl_sync(every_lane, x, threadIdx.x % 32 ^ mask);
-}
-static bool __any_sync(u32, bool x) {
-    return host::exchange(x, [](const u32* words) { return std::any_of(words, words + 32, [](u32 w) { return w; }); });
-}
-
-template <class T>
-static T __ldg(const T* from) { return *from; }
+static float infinity() { return INFINITY; }
+static float __int_as_float(int x) { return read_as<float>(&x); }
+static float __uint_as_float(u32 x) { return read_as<float>(&x); }
+static int __float_as_int(float x) { return read_as<int>(&x); }
+static u32 __float_as_uint(float x) { return read_as<u32>(&x); }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fsqrt_rn(float x) { return std::sqrt(x); }
+static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static float __fdividef(float a, float b) { return a / b; }
 static float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 static int __float2int_rn(float x) { return int(std::nearbyint(x)); }
-static float exp2_fast(float x) { return std::exp2(x); }
+static float exp2_fast(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0 : y;
+}
 
-static float low_bfloat(u32 pair) { return pair <<= 16, host::read_as<float>(&pair); }
-static float high_bfloat(u32 pair) { return pair &= 0xffff0000u, host::read_as<float>(&pair); }
-static float low_half(u32 pair) { return float(host::read_as<_Float16>(&pair)); }
+static u32 in_register(u32 x) { return x; }
+
+// Byte n of the result is the byte of b:a that nibble n of the selector names; its top bit asks for copies of the sign.
+static u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    const u64 bytes = u64(b) << 32 | a;
+    u32 result = 0;
+    for (int n = 0; n < 4; n++) {
+        const u32 name = selector >> 4 * n, byte = bytes >> 8 * (name & 7) & 0xff;
+        result |= (name & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * n;
+    }
+    return result;
+}
+
+static float low_bfloat(u32 pair) { return pair <<= 16, read_as<float>(&pair); }
+static float high_bfloat(u32 pair) { return pair &= 0xffff0000u, read_as<float>(&pair); }
+static float low_half(u32 pair) { return float(read_as<_Float16>(&pair)); }
 static float high_half(u32 pair) { return pair >>= 16, low_half(pair); }
+static float from_half(u32 bits) { return low_half(bits); }
+// To nearest, ties to even; NaN becomes the one that the card's conversions give.
 template <bool bfloat16>
 static u32 round_16(float x) {
+    if (x != x) return 0x7fff;
     if constexpr (bfloat16) {
-        const u32 word = host::read_as<u32>(&x);
+        const u32 word = read_as<u32>(&x);
         return (word + 0x7fff + (word >> 16 & 1)) >> 16;
     } else {
         const _Float16 half = x;
-        return host::read_as<u16>(&half);
+        return read_as<u16>(&half);
     }
 }
 template <bool bfloat16>
 static u32 pack(float low, float high) { return round_16<bfloat16>(low) | round_16<bfloat16>(high) << 16; }
 
-namespace host {
-static void (*body)();
-static void enter() {
-    body();
-    fibers[current].done = true;
-    swapcontext(&fibers[current].context, &scheduler);
+// Sums and products of two halves are exact in double, so that they are rounded once.
+static u32 halves(double low, double high) {
+    const _Float16 pair[2] = {_Float16(low), _Float16(high)};
+    return read_as<u32>(pair);
+}
+static u32 fma_halves(u32 a, u32 b, u32 c) {
+    return halves(double(low_half(a)) * low_half(b) + low_half(c), double(high_half(a)) * high_half(b) + high_half(c));
+}
+static u32 fma_halves_relu(u32 a, u32 b, u32 c) {
+    return halves(std::max(0.0, double(low_half(a)) * low_half(b) + low_half(c)),
+                  std::max(0.0, double(high_half(a)) * high_half(b) + high_half(c)));
+}
+static u32 add_halves(u32 a, u32 b) {
+    return halves(double(low_half(a)) + low_half(b), double(high_half(a)) + high_half(b));
+}
+static u32 multiply_halves(u32 a, u32 b) {
+    return halves(double(low_half(a)) * low_half(b), double(high_half(a)) * high_half(b));
 }
 
-// Runs every thread of one thread block to its end; a round in which nobody gets on is a barrier not all come to.
-static void run_block(int threads) {
-    fibers.resize(threads), warps.assign(threads / 32, {}), exchanged.assign(threads, 0), block = {};
-    for (Fiber& fiber : fibers) {
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        makecontext(&fiber.context, enter, 0);
-    }
-    for (int left = threads, before = -1, generations = -1; left > 0;) {
-        left = 0;
-        for (current = 0; current < threads; current++) {
-            if (fibers[current].done) continue;
-            threadIdx.x = current;
-            swapcontext(&scheduler, &fibers[current].context);
-            left += !fibers[current].done;
-        }
-        int now = block.generation;
-        for (const Barrier& warp : warps) now += warp.generation;
-        if (left == before && now == generations) throw std::runtime_error("a barrier that not all threads come to");
-        before = left, generations = now;
-    }
-}
+static float not_a_number() { return NAN; }
+static float min_or_nan(float a, float b) { return a != a || a < b ? a : b; }
+static float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
-static void** arguments;
-template <class... P, std::size_t... i>
-static void call(void (*kernel)(P...), std::index_sequence<i...>) {
-    kernel(*static_cast<P*>(arguments[i])...);
+// The nearest of all e4m3 numbers, the even code of two that are as near.
+constexpr bool converts_e4m3 = __CUDA_ARCH__ >= 890;
+static u32 e4m3_code(float x) {
+    if (x != x) return 0x7f;
+    u32 best = 0;
+    double least = INFINITY;
+    for (u32 code = 0; code < 0x7f; code++) {
+        const int exponent = code >> 3;
+        const double size = std::ldexp(exponent ? 8 + code % 8 : code % 8, (exponent ? exponent : 1) - 10);
+        const double away = std::abs(size - std::abs(double(x)));
+        if (away < least || (away == least && code % 2 == 0)) best = code, least = away;
+    }
+    return best | (std::signbit(x) ? 0x80 : 0);
 }
-template <class... P>
-static void call(void (*kernel)(P...)) {
-    call(kernel, std::index_sequence_for<P...>());
-}
-}  // namespace host
+static u32 e4m3_pair(float low, float high) { return e4m3_code(low) | e4m3_code(high) << 8; }
+
+// Fibers give way at barriers alone: what is plain is atomic.
+template <class T>
+static T atomicAdd(T* to, T x) { return std::exchange(*to, *to + x); }
+static int __ffs(int x) { return __builtin_ffs(x); }
+static u64 __umul64hi(u64 a, u64 b) { return (unsigned __int128)a * b >> 64; }
+static u64 __double2ull_rn(double x) { return u64(std::nearbyint(x)); }
+static float __double2float_rn(double x) { return float(x); }
+static double __dmul_rn(double a, double b) { return a * b; }
+static double __dadd_rn(double a, double b) { return a + b; }

@@ -1,7 +1,9 @@
 // From the arena into shared memory: each warp keeps its own ring of tiles filled.
 #pragma once
-#include "decode_shape.cuh"
+#include "decode_scales.cuh"
 #include "schedule.cuh"
+
+constexpr bool engine = has_bulk_copies && (boxed || widened);  // copies codes; scales are too small for it
 
 struct Arguments {
     const u16* q;        // [sequences * rows, kv_heads * heads_per_kv, head_dim]
@@ -32,14 +34,15 @@ struct Work {
 
 // Asynchronous copies of this warp's tiles, `stages - 1` ahead of their use.
 struct Feed {
-    u32 ring, scales, barriers;  // shared addresses
+    u32 ring, wide, scales, barriers;  // shared addresses
     u32 phases;                  // a bit a stage: which phase of its barrier comes next
     int fill, drain;             // stages
     int next, block;             // the tile to fetch next, and where it lies in the arena
 
     DEVICE Feed(u32 memory, int warp)
-        : ring(memory + warp * stages * stage_bytes),
-          scales(memory + scales_at + warp * stages * 4 * scale_bytes),
+        : ring(memory + warp * ring_bytes),
+          wide(ring + stages * stage_bytes),
+          scales(memory + scales_at + warp * stages * scale_frames * scale_bytes),
           barriers(memory + barriers_at + warp * stages * 8),
           phases(0) {
         if (threadIdx.x % 32 == 0)
@@ -57,31 +60,39 @@ struct Feed {
         const int lane = threadIdx.x & 31, row = s.head * block_tokens + token;
         const u32 to = ring + fill * stage_bytes;
         const u8* from = a.cache + (u64)u32(block) * block_bytes;
-        if constexpr (has_bulk_copies) {
+        if constexpr (engine) {
             if (lane == 0) {
                 const u32 barrier = barriers + 8 * fill;
-                const int at = a.cache_row + block * (block_bytes / 128) + row * row_bytes / 128;
-                expect_bytes(barrier, stage_bytes);
-                copy_box(to, a.map, at + k_codes / 128, barrier);
-                copy_box(to + v_at, a.map, at + v_codes / 128, barrier);
+                expect_bytes(barrier, 2 * tile * fetched_row_bytes);
+                if constexpr (widened) {
+                    const u8* first = from + row * fetched_row_bytes;
+                    copy_bytes(to, first + k_side.codes, tile * fetched_row_bytes, barrier);
+                    copy_bytes(to + fetched_v_at, first + v_side.codes, tile * fetched_row_bytes, barrier);
+                } else {
+                    const int at = a.cache_row + block * (block_bytes / 128) + row * row_bytes / 128;
+                    copy_box(to, a.map, at + k_side.codes / 128, barrier);
+                    copy_box(to + v_at, a.map, at + v_side.codes / 128, barrier);
+                }
             }
         } else {
-            for (int n = lane; n < v_at / 16; n += 32) {
-                const u8* piece = from + row * row_bytes + n * 16;
-                copy16(to + swizzled(n * 16), piece + k_codes);
-                copy16(to + v_at + swizzled(n * 16), piece + v_codes);
+            for (int n = lane; n < tile * fetched_row_bytes / 16; n += 32) {
+                const u8* piece = from + row * fetched_row_bytes + n * 16;
+                const u32 there = to + (widened ? n * 16 : swizzled(n * 16));
+                copy16(there, piece + k_side.codes);
+                copy16(there + fetched_v_at, piece + v_side.codes);
             }
         }
         if constexpr (coded) {  // what lies past the end is not even defined: its scales are read as zero
-            constexpr int each = coded ? scale_bytes / 16 : 1, all = 4 * each;  // 16-byte pieces: of a frame, of all
-            const u8* scale_row = from + row * groups * 2;
+            constexpr int each = coded ? scale_bytes / 16 : 1, all = scale_frames * each;  // 16-byte pieces: of a frame, of all
+            const u8* scale_row = from + row * token_scale_bytes;
 #pragma unroll
             for (int i = 0; i < (all + 31) / 32; i++) {
                 const int n = i * 32 + lane, which = n / each, piece = n % each;
-                const int frame = which == 0 ? k_scales : which == 1 ? k_biases : which == 2 ? v_scales : v_biases;
+                const Side& side = which < scale_frames / 2 ? k_side : v_side;
+                const int frame = affine && which % 2 ? side.biases : side.scales;
                 if (all % 32 && n >= all) continue;
-                copy16(scales + fill * 4 * scale_bytes + n * 16, scale_row + (frame + piece * 16),
-                       valid * groups * 2 - piece * 16);
+                copy16(scales + fill * scale_frames * scale_bytes + n * 16, scale_row + (frame + piece * 16),
+                       valid * token_scale_bytes - piece * 16);
             }
         }
     }
@@ -107,18 +118,37 @@ struct Feed {
     // Until the stage to drain is there; `valid` of its tokens exist.
     DEVICE void wait(int valid) {
         wait_copies<stages - 2>();
-        if constexpr (has_bulk_copies) wait_barrier(barriers + 8 * drain, phases >> drain & 1);
+        if constexpr (engine) wait_barrier(barriers + 8 * drain, phases >> drain & 1);
         phases ^= 1u << drain;
         __syncwarp();
         if (!coded && valid < tile) {  // probability 0 times an undefined value must be 0
             const u32 values = ring + drain * stage_bytes + v_at;
-            for (int n = valid * row_bytes / 4 + threadIdx.x % 32; n < v_at / 4; n += 32)
-                asm volatile("st.shared.b32 [%0], 0;" ::"r"(values + swizzled(n * 4)) : "memory");
+            for (int n = valid * row_bytes / 4 + threadIdx.x % 32; n < tile * row_bytes / 4; n += 32)
+                store_shared(values + swizzled(n * 4), 0);
             order_before_bulk();
             __syncwarp();
         }
+        if constexpr (widened) {
+            widen(wide, ring + drain * stage_bytes);
+            widen(wide + v_at, ring + drain * stage_bytes + fetched_v_at);
+            __syncwarp();
+        }
     }
-    DEVICE u32 stage() const { return ring + drain * stage_bytes; }
-    DEVICE u32 stage_scales() const { return scales + drain * 4 * scale_bytes; }
+
+    // A tile's rows, one behind the other: three words of codes become four.
+    DEVICE static void widen(u32 to, u32 from) {
+        constexpr int units = tile * fetched_row_bytes / 12;
+#pragma unroll
+        for (int i = 0; i < (units + 31) / 32; i++) {
+            const int n = i * 32 + threadIdx.x % 32;
+            if (units % 32 && n >= units) break;
+            const u32 a = load_shared(from + 12 * n), b = load_shared(from + 12 * n + 4), c = load_shared(from + 12 * n + 8);
+            store_shared4(to + swizzled(16 * n), widen_codes<bits>(a), widen_codes<bits>(a >> 24 | b << 8),
+                          widen_codes<bits>(b >> 16 | c << 16), widen_codes<bits>(c >> 8));
+        }
+    }
+
+    DEVICE u32 stage() const { return widened ? wide : ring + drain * stage_bytes; }
+    DEVICE u32 stage_scales() const { return scales + drain * scale_frames * scale_bytes; }
     DEVICE void release() { drain = drain + 1 == stages ? 0 : drain + 1; }
 };

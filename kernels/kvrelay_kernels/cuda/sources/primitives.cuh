@@ -41,6 +41,13 @@ DEVICE void copy_box(u32 to, const void* map, int row, u32 barrier) {
         "l"(map), "r"(0), "r"(row), "r"(barrier)
         : "memory");
 }
+// Bytes as they lie, a multiple of 16 from and to multiples of 16.
+DEVICE void copy_bytes(u32 to, const u8* from, int bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory");
+}
 DEVICE void wait_barrier(u32 barrier, u32 phase) {
     u32 done;
     do {
@@ -57,6 +64,7 @@ DEVICE void create_barrier(u32) {}
 DEVICE void publish_barriers() {}
 DEVICE void expect_bytes(u32, int) {}
 DEVICE void copy_box(u32, const void*, int, u32) {}
+DEVICE void copy_bytes(u32, const u8*, int, u32) {}
 DEVICE void wait_barrier(u32, u32) {}
 DEVICE void order_before_bulk() {}
 #endif
@@ -84,6 +92,13 @@ DEVICE void load_transposed(u32 (&r)[2], u32 row) {
                  : "=r"(r[0]), "=r"(r[1]) : "r"(row) : "memory");
 }
 
+// An 8 x 8 matrix of halves that a warp holds, a lane elements 2(l%4) and 2(l%4)+1 of row l/4, transposed.
+DEVICE u32 transpose_halves(u32 pair) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+    return r;
+}
+
 DEVICE u32 load_shared(u32 address) {
     u32 word;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
@@ -95,6 +110,26 @@ DEVICE void load_shared2(u32& a, u32& b, u32 address) {
 DEVICE void load_shared4(u32& a, u32& b, u32& c, u32& d, u32 address) {
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address) : "memory");
+}
+
+DEVICE u32 load_shared_half(u32 address) {
+    u32 word;
+    asm volatile("{.reg .b16 h; ld.shared.b16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+DEVICE u32 load_shared_byte(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+DEVICE void store_shared(u32 address, u32 word) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+DEVICE void store_shared_byte(u32 address, u32 byte) {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(byte) : "memory");
+}
+DEVICE void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // c += a * b on tensor cores: a 16 x 16 (row), b 16 x 8 (column), c 16 x 8 in float32.
@@ -111,6 +146,13 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     }
 }
 
+// A constant in a register of its own. What the compiler knows to be constant, or the same in all lanes, it would write
+// out anew before every use; it does not know that squares have no second bit.
+DEVICE u32 in_register(u32 x) {
+    u32 r;
+    asm volatile("{.reg .b32 n; mov.u32 n, %%laneid; mul.lo.u32 n, n, n; and.b32 n, n, 2; or.b32 %0, %1, n;}" : "=r"(r) : "r"(x));
+    return r;
+}
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
     u32 r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
@@ -129,6 +171,13 @@ DEVICE u32 multiply_halves(u32 a, u32 b) {
 DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
     u32 r;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// a * b + c, but 0 where that is negative.
+DEVICE u32 fma_halves_relu(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 
@@ -174,5 +223,69 @@ DEVICE float4 load_fresh(const float4* p) {
 DEVICE float2 load_fresh(const float2* p) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
+// The smaller and the larger; NaN where one is NaN.
+DEVICE float min_or_nan(float a, float b) {
+    float r;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+DEVICE float max_or_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// The nearest e4m3 of two floats, the first in the low byte (from compute capability 8.9 on).
+#if __CUDA_ARCH__ >= 890
+constexpr bool converts_e4m3 = true;
+DEVICE u32 e4m3_pair(float low, float high) {
+    u16 r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+}
+#else
+constexpr bool converts_e4m3 = false;
+DEVICE u32 e4m3_pair(float, float) { return 0; }
+#endif
+
+// Thread-block clusters (from compute capability 9.0 on): blocks that run together and read each other's shared memory.
+#if __CUDA_ARCH__ >= 900
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of the cluster; what they wrote to shared memory before is visible to all behind.
+DEVICE void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at `p` of the own shared memory, in that of the cluster's thread block `rank`.
+DEVICE float2 load_remote(const float2* p, u32 rank) {
+    u32 there;
+    float2 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there) : "memory");
+    return v;
+}
+#else
+DEVICE u32 cluster_rank() { return 0; }
+DEVICE void meet_cluster() {}
+DEVICE float2 load_remote(const float2* p, u32) { return *p; }
+#endif
+
+// Reads of what no thread block reads again: past the first-level cache, which has better things to keep.
+DEVICE uint4 load_once(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+DEVICE uint2 load_once(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }

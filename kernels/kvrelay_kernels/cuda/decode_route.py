@@ -1,0 +1,72 @@
+"""Which kernel attends for the rows of decoding sequences: one table, read when a step is taken down.
+
+A recorded step serves every batch of its number of rows and width of block tables, so that the choice may
+depend on these alone: a sequence has any length up to what its table holds, or none. Split-K divides the
+lengths that there are, whatever they are; a single pass lasts as long as its longest sequence, but needs no
+plan and no second meeting through memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvrelay_kernels.cuda.decode_attention import DecodeProblem
+
+DecodeRoute = Literal["split-k", "single-pass", "cudnn"]
+SPLIT_K: list[DecodeRoute] = ["split-k"]
+"""Where no other route is known to be faster."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and, of a single pass, how many thread blocks share a KV head."""
+
+    route: DecodeRoute
+    cluster: int = 1
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a route is the fastest."""
+
+    heads: int
+    """Most KV heads of the batch together: sequences * KV heads * passes over each."""
+    tokens: int
+    """Most tokens that the tables hold for a sequence."""
+    route: DecodeRoute
+
+
+Thresholds = Mapping[tuple[str, int], Sequence[Threshold]]
+"""By the format's base and the head dimension; the first that fits is taken, or else split-K."""
+
+THRESHOLDS: Thresholds = {}
+"""Of `benchmarks/decode_routes.py`, which has not run yet: everything goes through split-K."""
+
+
+def choose_route(
+    problem: DecodeProblem,
+    sequences: int,
+    tokens: int,
+    processors: int,
+    largest: int,
+    thresholds: Thresholds = THRESHOLDS,
+    forced: DecodeRoute | None = None,
+) -> Choice:
+    """The kernel for steps of `sequences` rows whose tables hold `tokens` for each.
+
+    `processors` is how many thread blocks the device runs at once, `largest` how many of them in a cluster;
+    `forced` takes the table's place.
+    """
+    heads = sequences * problem.spec.kv_heads * problem.query_tiles
+    table = thresholds.get((problem.layout.format.base, problem.spec.head_dim), ())
+    fitting: list[DecodeRoute] = [row.route for row in table if heads <= row.heads and tokens <= row.tokens]
+    route = forced or (fitting or SPLIT_K)[0]
+    return Choice(route, fitting_cluster(heads, processors, largest) if route == "single-pass" else 1)
+
+
+def fitting_cluster(heads: int, processors: int, largest: int) -> int:
+    """The largest power of two of thread blocks a head with which all heads still run at once; at least 1."""
+    cluster = 1
+    while 2 * cluster <= largest and 2 * cluster * heads <= processors:
+        cluster *= 2
+    return cluster

@@ -1,0 +1,103 @@
+"""Launcher of the single-pass decode attention kernel (`sources/decode_single_pass.cu`)."""
+
+from typing import Any
+
+import numpy as np
+
+from kvrelay_kernels.cuda.decode_attention import (
+    LOG2_E,
+    RESERVED_BYTES,
+    DecodeProblem,
+    LaunchShape,
+    launch_shape,
+)
+from kvrelay_kernels.cuda.device import shared_memory_limit
+from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
+from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, tensor_map
+from kvrelay_kernels.errors import FormatUnsupported
+
+PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16
+"""Thread blocks that every GPU with clusters runs together, and those that the classes below do."""
+_LARGE_CLUSTERS = ("sm_90a", "sm_100")
+_NON_PORTABLE_ALLOWED = 14
+"""`CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED` of the driver API."""
+
+
+class SinglePassLaunch:
+    """The kernel of one problem, wherever memory lies: a cluster of thread blocks for each KV head.
+
+    The results are those of `DecodeLaunch` up to the order of sums, in every format that it reads; a row's
+    bits depend on its own sequence alone.
+    """
+
+    def __init__(
+        self, problem: DecodeProblem, shape: LaunchShape, cluster: int, arch: str, kernels: KernelCache
+    ) -> None:
+        """Raises FormatUnsupported where thread blocks cannot run in clusters of this size."""
+        if not 1 <= cluster <= largest_cluster(arch):
+            raise FormatUnsupported(
+                f"{arch} runs clusters of 1 to {largest_cluster(arch)} thread blocks, not {cluster}"
+            )
+        self.problem, self.shape, self.cluster = problem, shape, cluster
+        self._shared = problem.shared_bytes(shape) + 8 * problem.query_tile
+        self.kernel = kernels.load(single_pass_key(problem, shape, cluster, arch), self._shared)
+        self._lengths: Any = None
+
+    def plan(self, lengths: Any) -> None:
+        """Take `lengths` for the calls that follow; they are read when the kernel runs."""
+        self._lengths = lengths
+
+    def __call__(self, q: Any, cache: int, box_map: Any, layer_bytes: int, tables: Any, out: Any) -> None:
+        """See `DecodeLaunch`."""
+        args = (
+            q, box_map, cache + layer_bytes, np.int32(layer_bytes // ROW_BYTES), tables, self._lengths, out,
+            np.int32(tables.strides[0] // 4), np.float32(self.problem.spec.scale * LOG2_E),
+            np.int32(self.problem.spec.window or 0),
+        )  # fmt: skip
+        columns = self.problem.spec.kv_heads * self.problem.query_tiles * self.cluster
+        grid = columns, self._lengths.shape[0]
+        self.kernel(grid, (32 * self.shape.warps,), args, shared_mem=self._shared)
+
+
+class SinglePass:
+    """Takes the place of a `DecodeAttention`; needs no workspace, and so no number of sequences."""
+
+    def __init__(
+        self, problem: DecodeProblem, kernels: KernelCache, cluster: int = 1, shape: LaunchShape | None = None
+    ) -> None:
+        """Raises FormatUnsupported where the device cannot run it."""
+        from cupy.cuda import driver  # pyright: ignore[reportMissingImports]
+
+        self.problem = problem
+        shape = shape or launch_shape(problem, shared_memory_limit() - RESERVED_BYTES)
+        self._launch = SinglePassLaunch(problem, shape, cluster, device_arch(), kernels)
+        if cluster > PORTABLE_CLUSTER:
+            driver.funcSetAttribute(self._launch.kernel.ptr, _NON_PORTABLE_ALLOWED, 1)
+        self._arena: Any = None
+        self._map: Any = None
+
+    def attach(self, arena: Any) -> None:
+        """See `DecodeAttention.attach`."""
+        self._map = tensor_map(arena.data.ptr, arena.nbytes, self.problem.box_rows(self._launch.shape))
+        self._arena = arena
+
+    def plan(self, lengths: Any) -> None:
+        """Take `lengths`, `[sequences]` int32 on the device, for the calls that follow; runs nothing."""
+        self._launch.plan(lengths)
+
+    def __call__(self, q: Any, layer: int, tables: Any, out: Any) -> None:
+        """See `DecodeAttention.__call__`."""
+        layer_bytes = layer * self._arena.shape[1] * self._arena.shape[2]
+        self._launch(q, self._arena.data.ptr, self._map, layer_bytes, tables, out)
+
+
+def single_pass_key(problem: DecodeProblem, shape: LaunchShape, cluster: int, arch: str) -> KernelKey:
+    """What the kernel is compiled from."""
+    return KernelKey.of("decode_single_pass", {**problem.constants(shape), "CLUSTER": cluster}, arch)
+
+
+def largest_cluster(arch: str) -> int:
+    """Most thread blocks that run together on an architecture such as `sm_90a`; 1 where none do."""
+    if arch in _LARGE_CLUSTERS:
+        return LARGEST_CLUSTER
+    return PORTABLE_CLUSTER if int(arch.removeprefix("sm_").rstrip("af")) >= 90 else 1
