@@ -18,7 +18,7 @@ import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from benchmarks.decode_attention import BEYOND_CACHE, bfloat16_bits, from_bfloat16, replay
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import Uploads, upload_batch
 from kvrelay_kernels.cuda.expand import Expansion, Scratch
@@ -155,12 +155,7 @@ def main() -> None:
             rows.append(Bench(fmt, count, kernels, stream).run())
             print_row(rows[-1])
             cupy.get_default_memory_pool().free_all_blocks()
-    head = provenance(("numpy", "cupy-cuda13x")) | {
-        "gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-    }
-    if options.commit:
-        head["commit"] = options.commit
+    head = gpu_provenance(("numpy", "cupy-cuda13x"), options.commit)
     write(head | {"rows": rows}, options.out)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from benchmarks.random_models import LLAMA_8B, QWEN3_4B, SMOLLM2_135M, random_checkpoint
 from kvrelay_kernels.errors import KernelError
 from kvrelay_kernels.interface import FROM_DEVICE, StepBatch
@@ -372,15 +372,8 @@ def main() -> None:
         print(json.dumps(run_model(models[0], weights[0], cases, options.route)))
         return
     runs = [child(model, kind, options) for model in models for kind in weights]
-    import cupy  # pyright: ignore[reportMissingImports]
 
-    head = provenance(PACKAGES) | {
-        "gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
-    }
-    if options.commit:
-        head["commit"] = options.commit
+    head = gpu_provenance(PACKAGES, options.commit)
     write(head | {"runs": runs}, options.out)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem
 from kvrelay_kernels.cuda.decode_route import DecodeRoute, Threshold, Thresholds, fitting_cluster
 from kvrelay_kernels.errors import FormatUnsupported
@@ -220,9 +220,7 @@ def main() -> None:
                         rows += found
             del contest
             pool.free_all_blocks()
-    head = provenance(PACKAGES) | {"gpu": gpu.name, "processors": gpu.processors}
-    if options.commit:
-        head["commit"] = options.commit
+    head = gpu_provenance(PACKAGES, options.commit) | {"processors": gpu.processors}
     write(head | {"rows": rows}, options.out)
     # As they are kept, to five digits: the committed table is compared with what they give.
     print_table(thresholds_of(json.loads(options.out.read_text())["rows"]))

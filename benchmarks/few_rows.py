@@ -18,7 +18,7 @@ import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from benchmarks.decode_attention import BEYOND_CACHE, bfloat16_bits, from_bfloat16, read_bandwidth, replay
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.few_rows import FewRows
@@ -148,11 +148,7 @@ def main() -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     stream.use()
     kernels = KernelCache()
-    head = provenance(PACKAGES)
-    if options.commit:
-        head["commit"] = options.commit
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    head |= {"device": properties["name"].decode(), "driver": cupy.cuda.runtime.driverGetVersion()}
+    head = gpu_provenance(PACKAGES, options.commit)
     peak = read_bandwidth(stream)
     cupy.get_default_memory_pool().free_all_blocks()
     print(f"read bandwidth {peak / 1e12:.3f} TB/s")

@@ -41,6 +41,18 @@ def provenance(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     }
 
 
+def gpu_provenance(packages: Iterable[str], commit: str | None = None) -> dict[str, Any]:
+    """`provenance` and the GPU; `commit` names it where the checkout has no repository."""
+    from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
+
+    head = provenance(packages) | {
+        "gpu": runtime.getDeviceProperties(0)["name"].decode(),
+        "driver": runtime.driverGetVersion(),
+        "cuda_runtime": runtime.runtimeGetVersion(),
+    }
+    return head | {"commit": commit} if commit else head
+
+
 @dataclass(frozen=True)
 class Clock:
     """CPU seconds since the boot: of the machine, stolen from it, and of this process and its children."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.decode_attention import bfloat16_bits, decode_blocks, from_bfloat16, random_blocks
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from benchmarks.peers.gpu_attention import Inputs, Peer, flash3_peer, torch_peer
 from kvrelay_kernels.block_mask import TILE, BlockMask
 from kvrelay_kernels.cuda.arena import CudaArena
@@ -286,11 +286,7 @@ def main() -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     stream.use()
     kernels = KernelCache()
-    head = provenance(PACKAGES)
-    if options.commit:
-        head["commit"] = options.commit
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    head |= {"device": properties["name"].decode(), "driver": cupy.cuda.runtime.driverGetVersion()}
+    head = gpu_provenance(PACKAGES, options.commit)
     rows: list[dict[str, Any]] = []
     print(f"{'case':36} {'contender':24}   replay    plain    least     most TFLOP/s error")
     own: list[Route] = ["sparse", "sparse_mma"] if device_arch() == HOPPER else ["sparse_mma"]

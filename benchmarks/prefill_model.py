@@ -27,7 +27,7 @@ from typing import Any
 import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from benchmarks.machine import RESULTS, provenance, write
+from benchmarks.machine import RESULTS, gpu_provenance, write
 from benchmarks.random_models import CONTEXT, GEMMA3_4B, LLAMA_8B, QWEN3_4B, random_checkpoint
 from kvrelay_kernels.cuda.backend import CudaBackend
 from kvrelay_kernels.cuda.batch import slots_of
@@ -289,14 +289,7 @@ def main() -> None:
                     f" {runs[-1]['device_bytes_used'] / 2**30:.1f} GiB in use",
                     flush=True,
                 )
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    head = provenance(PACKAGES) | {
-        "gpu": properties["name"].decode(),
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
-    }
-    if options.commit:
-        head["commit"] = options.commit
+    head = gpu_provenance(PACKAGES, options.commit)
     write(head | {"runs": runs}, options.out)
 
 

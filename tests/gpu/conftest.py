@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.module import KernelCache
+from tests.gpu.poisoned import PoisonedCudaBackend, poisoned
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,15 @@ def cupy() -> Any:
 def kernels(cupy: Any, tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
     """Compiled kernels of this test session."""
     return KernelCache(Path(tmp_path_factory.mktemp("cubins")))
+
+
+@pytest.fixture(params=["float16", "bfloat16"])
+def element(request: pytest.FixtureRequest) -> Element16:
+    """Both element types."""
+    return request.param
+
+
+@pytest.fixture
+def backend(cupy: Any, element: Element16) -> PoisonedCudaBackend:
+    """A backend of that type."""
+    return poisoned(element)

@@ -16,23 +16,11 @@ from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.quant.weights import as_codes, quantize_weight
 from model_runtime.steps import sequence_steps
 from tests.gpu.paged_cache import DTYPES
-from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, poisoned, to_device, to_host
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
 WEIGHTS = ["int4", "int8", "int8-g16", "16"]
 CODED: list[tuple[WeightMode, int]] = [("int4", 4), ("int8", 8)]
-
-
-@pytest.fixture(params=["float16", "bfloat16"])
-def element(request: pytest.FixtureRequest) -> Element16:
-    """Both element types."""
-    return request.param
-
-
-@pytest.fixture
-def backend(cupy: Any, element: Element16) -> PoisonedCudaBackend:
-    """A backend of that type."""
-    return poisoned(element)
 
 
 @pytest.fixture

@@ -10,23 +10,11 @@ from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.interface import Activation, WeightMode
 from kvrelay_kernels.quant.weights import quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
-from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, poisoned, rounded, to_device, to_host
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, rounded, to_device, to_host
 
 REFERENCE: Any = ReferenceBackend()
 ROWS = [1, 3, 130]
 WIDTHS = [64, 576, 640, 4096]
-
-
-@pytest.fixture(params=["float16", "bfloat16"])
-def element(request: pytest.FixtureRequest) -> Element16:
-    """Both element types."""
-    return request.param
-
-
-@pytest.fixture
-def backend(cupy: Any, element: Element16) -> PoisonedCudaBackend:
-    """A backend of that type."""
-    return poisoned(element)
 
 
 @pytest.fixture
