@@ -9,20 +9,19 @@ from prefill_service.job import PrefillJob
 from prefill_service.scheduler import Chunk
 
 
-def step_batch(chunks: Sequence[Chunk[PrefillJob]]) -> tuple[StepBatch, list[PrefillJob]]:
-    """The chunks' rows behind each other, and whose job each sequence of the batch is.
+def step_batch(chunks: Sequence[Chunk[PrefillJob]]) -> StepBatch:
+    """The chunks' rows behind each other.
 
     Logits are wanted of the last row of each job that ends here. Tokens that were answered before a fault
     come as decode computed them: each a sequence of one row, on its job's blocks.
     """
     spans = [(chunk.prompt, start, end) for chunk in chunks for start, end in _spans(chunk)]
-    owners = [job for job, _, _ in spans]
-    tables = np.zeros((len(spans), max(len(job.blocks) for job in owners)), np.int32)
-    for table, job in zip(tables, owners, strict=True):
+    tables = np.zeros((len(spans), max(len(job.blocks) for job, _, _ in spans)), np.int32)
+    for table, (job, _, _) in zip(tables, spans, strict=True):
         table[: len(job.blocks)] = job.blocks
     ends = [chunk.tokens == chunk.prompt.remaining for chunk in chunks]
     last_rows = np.cumsum([chunk.tokens for chunk in chunks]) - 1
-    batch = StepBatch(
+    return StepBatch(
         token_ids=np.concatenate([job.token_ids[start:end] for job, start, end in spans]),
         positions=np.concatenate([np.arange(start, end, dtype=np.int32) for _, start, end in spans]),
         row_starts=np.cumsum([0, *(end - start for _, start, end in spans)]).astype(np.int32),
@@ -31,7 +30,6 @@ def step_batch(chunks: Sequence[Chunk[PrefillJob]]) -> tuple[StepBatch, list[Pre
         logit_rows=last_rows[ends].astype(np.int32),
         read=np.array([end <= job.prompt_tokens for job, _, end in spans]),
     )
-    return batch, owners
 
 
 def _spans(chunk: Chunk[PrefillJob]) -> Iterator[tuple[int, int]]:

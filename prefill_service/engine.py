@@ -17,11 +17,12 @@ from kv_transfer.redis_store import BlockStore
 from kvrelay.errors import Cancelled, Draining, Internal, KvrelayError, PromptTooLong, QueueFull
 from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1.sampling_pb2 import SampledToken, TokenLogprob
-from kvrelay_kernels.errors import KernelError, NonFiniteActivations
+from kvrelay_kernels.errors import KernelError
 from kvrelay_kernels.quant import BLOCK_TOKENS
 from model_runtime.decoder import Decoder
 from model_runtime.sampler import sample
 from model_runtime.step_loop import StepLoop
+from model_runtime.token_steps import finite_rows
 from prefill_service.batch import step_batch
 from prefill_service.config import PrefillConfig
 from prefill_service.handover import BlockFeed
@@ -198,23 +199,26 @@ class PrefillEngine(StepLoop):
             for chunk in chunks:
                 self._feed.send_layer(chunk.prompt, layer, chunk.tokens)
 
-        batch, owners = step_batch(chunks)
         try:
-            logits = iter(self.decoder.forward(batch, self.arena, on_layer))
+            logits = self.decoder.logits(step_batch(chunks), self.arena, on_layer)
         except KernelError as error:
             log.warning("a prefill step failed: %s", error)
-            # Where the fault is in some prompts alone, the others take the step again.
-            failed = error.sequences if isinstance(error, NonFiniteActivations) else range(batch.sequences)
-            for index in failed:
-                owners[index].error = Internal(f"{type(error).__name__}: {error}")
+            for chunk in chunks:
+                chunk.prompt.error = Internal(f"{type(error).__name__}: {error}")
             return
-        self.metrics.computed.add(batch.rows)
+        self.metrics.computed.add(sum(chunk.tokens for chunk in chunks))
+        ends = zip(finite_rows(logits), logits, strict=True)
         for job, tokens in ((chunk.prompt, chunk.tokens) for chunk in chunks):
             first, job.computed = job.computed // BLOCK_TOKENS, job.computed + tokens
+            sound, last = (True, None) if job.remaining else next(ends)
+            if not sound:
+                # Their blocks have left already, so the others of this step go on from here, too.
+                job.error = Internal("NonFiniteActivations: NaN or infinity in the logits of the prompt")
+                continue
             for index in range(first, job.computed // BLOCK_TOKENS):
                 self.pool.name(job.blocks[index], job.keys[index])
-            if not job.remaining:
-                self._first_token(job, next(logits))
+            if last is not None:
+                self._first_token(job, last)
 
     def _first_token(self, job: PrefillJob, logits: NDArray[np.float32]) -> None:
         ids = job.token_ids.tolist()

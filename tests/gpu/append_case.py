@@ -122,12 +122,25 @@ def expected(case: AppendCase) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
 
 
 def same_bytes(found: NDArray[np.uint8], wanted: NDArray[np.uint8], layout: BlockLayout) -> NDArray[np.bool_]:
-    """Which bytes of a layer are equal; what is NaN in both is, whatever its sign and payload."""
+    """Which bytes of a layer are equal; of scales and biases, the numbers: which NaN it is, and which of two zeros
+    is the least one, are nobody's choice."""
     same = found == wanted
     for frame in layout.frames:
         if frame.dtype.startswith("uint"):
             continue
         there = slice(frame.offset, frame.offset + frame.nbytes)
-        broken = [np.isnan(side[:, there].copy().view(frame.dtype)) for side in (found, wanted)]
-        same[:, there] |= np.repeat(broken[0] & broken[1], 2, -1)
+        ours, theirs = (side[:, there].copy().view(frame.dtype) for side in (found, wanted))
+        same[:, there] = np.repeat((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)), 2, -1)
     return same
+
+
+def differences(found: NDArray[np.uint8], wanted: NDArray[np.uint8], layout: BlockLayout) -> list[str]:
+    """The first bytes of a layer that are not equal, and in which frame of their block."""
+    apart = np.argwhere(~same_bytes(found, wanted, layout))
+    told: list[str] = []
+    for block, at in apart[:8]:
+        frame = max((frame for frame in layout.frames if frame.offset <= at), key=lambda frame: frame.offset)
+        told.append(
+            f"block {block}, {frame} + {at - frame.offset}: {found[block, at]}, not {wanted[block, at]}"
+        )
+    return told

@@ -79,7 +79,8 @@ def test_products_rows_and_logits(
     linear = backend.load_linear(parts, mode, bias)
     wanted: Any = REFERENCE.load_linear(parts, mode, bias)
     x = rounded(rng.standard_normal((21, 192)), element)
-    tolerance = 2 * UNIT[element]
+    # Modes that round to codes keep scales and biases in float16, on both sides of a sum that cancels.
+    tolerance = 2 * UNIT[element] if mode in ("auto", "float") else 2 * UNIT[element] + 2.0**-11
     assert (
         error(to_host(backend.linear(to_device(x, element), linear), element), REFERENCE.linear(x, wanted))
         < tolerance

@@ -1,6 +1,9 @@
 """A prefill worker over real gRPC: exact, fair, and without leaks."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import grpc
 import numpy as np
@@ -151,6 +154,34 @@ def test_not_a_number_ends_one_prompt_and_spares_the_others(model: Path) -> None
         assert list(sound)[-1].HasField("first_token")
         assert first_token(prefill, prompt(400, 5)) == expected
         prefill.assert_idle()
+
+
+def test_a_prompt_that_shares_its_step_with_a_spoilt_one_is_handed_over_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, few = prompt(60), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with prefill_worker(model) as prefill, decode_worker(model) as decode, ThreadPoolExecutor(3) as crowd:
+        expected = relay(prefill, decode, ids, few).ids
+        engine = prefill.worker._engine
+        assert engine is not None
+        take, go_on = engine.decoder.logits, Event()
+
+        def take_when_told(*step: Any) -> Any:
+            go_on.wait(60)
+            return take(*step)
+
+        monkeypatch.setattr(engine.decoder, "logits", take_when_told)
+        first = crowd.submit(first_token, prefill, prompt(100, 1))
+        until(lambda: prefill.status().running == 1)
+        sound = crowd.submit(relay, prefill, decode, ids, few)
+        spoiled = crowd.submit(relay, prefill, decode, [*prompt(40), POISON], few)
+        until(lambda: prefill.status().waiting == 2)
+        go_on.set()
+        assert isinstance(spoiled.exception(), Internal)
+        assert sound.result().ids == expected
+        first.result()
+        prefill.assert_idle()
+        decode.assert_idle()
 
 
 def test_a_lost_receiver_fails_the_prompt_and_frees_its_blocks(model: Path) -> None:
