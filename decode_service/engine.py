@@ -70,6 +70,9 @@ class DecodeEngine(StepLoop):
         self._launched: deque[_Launched] = deque()
         """Steps under way, the oldest first; between two calls of `step` at most one."""
         self._untold: list[tuple[Slot, Event]] = []
+        self._told = float("-inf")
+        """`time.monotonic()` when tokens were last passed on: of all streams at once, which wakes the server
+        a few times less often than each stream's own time would."""
 
     @property
     def waiting(self) -> int:
@@ -257,19 +260,22 @@ class DecodeEngine(StepLoop):
                     self._free(slot)
         landed = [pair for pair in zip(launched.slots, outcomes, strict=True) if pair[0] in active]
         self.metrics.tokens.add(sum(isinstance(outcome, Sampled) for _, outcome in landed))
+        now = time.monotonic()
+        due = now - self._told >= self.config.stream_seconds
+        if due:
+            self._told = now
         for slot, outcome in landed:
             if isinstance(outcome, KernelError):
                 log.warning("a sequence failed: %s", outcome, extra={"request_id": slot.request_id})
                 self._end(slot, _internal(outcome))
             else:
-                self._take(slot, outcome)
+                self._take(slot, outcome, due)
 
-    def _take(self, slot: Slot, drawn: Sampled) -> None:
+    def _take(self, slot: Slot, drawn: Sampled, due: bool) -> None:
         slot.answer_ids.append(drawn.token_id)
         slot.drawn.append(_message(drawn))
-        now = time.monotonic()
-        if now - slot.told >= self.config.stream_seconds:
-            slot.told = now
+        if due or not slot.begun:
+            slot.begun = True
             self._pass_tokens(slot)
         self._end_if_finished(slot)
 

@@ -42,8 +42,8 @@ class Slot:
     """`time.monotonic()` after which a granted slot without its blocks is taken back."""
     drawn: list[SampledToken] = field(default_factory=list[SampledToken])
     """Tokens since the last message."""
-    told: float = float("-inf")
-    """`time.monotonic()` of that message."""
+    begun: bool = False
+    """Whether there was a message with tokens: the first one does not wait for others."""
     ahead: int = 0
     """Tokens being drawn behind `answer_ids`, in steps that are under way."""
     landed: int = 0

@@ -122,8 +122,8 @@ def expected(case: AppendCase) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
 
 
 def same_bytes(found: NDArray[np.uint8], wanted: NDArray[np.uint8], layout: BlockLayout) -> NDArray[np.bool_]:
-    """Which bytes of a layer are equal; of scales and biases, the numbers: which NaN it is, and which of two zeros
-    is the least one, are nobody's choice."""
+    """Which bytes of a layer are equal; of scales and biases, the numbers: which NaN it is, and which of
+    two zeros is the least one, are nobody's choice."""
     same = found == wanted
     for frame in layout.frames:
         if frame.dtype.startswith("uint"):
