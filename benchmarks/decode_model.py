@@ -1,6 +1,7 @@
 """How fast whole models write answers on the GPU, with random weights in the shapes of real ones.
 
     python -m benchmarks.decode_model [--quick] [--models llama-8b] [--weights bf16,int8,int4] [--route NAME]
+        [--no-parts] [--no-overlap]
 
 A case is a number of sequences of one length in a cache of one format. The cache is not the work of a
 prefill: its blocks are filled with random keys and values, coded as the format codes them, and lie in random
@@ -10,9 +11,10 @@ are greedy but for a second run, `drawn`, at temperature 0.8 and top-p 0.95.
 
 Host time is that of a launch, and of reading tokens that are there already. The parts are differences: a step
 of which only one kind of operation is recorded, less one that is empty; what they leave of the step is called
-`rest`: the draw, and what lies between kernels. The floor is the time in which a kernel that only reads gets
-through the weights and the cache, in the same run. Each model and kind of weights has a process of its own.
-Writes results/h200/decode_model.json.
+`rest`: the draw, and what lies between kernels, less than nothing where kernels of several kinds overlap.
+With `--no-overlap` each kernel begins when the one ahead has ended. The floor is the time in which a kernel
+that only reads gets through the weights and the cache, in the same run. Each model and kind of weights has a
+process of its own. Writes results/h200/decode_model.json.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -73,6 +75,7 @@ QUICK = [
     Case("int8", 32, 2048),
     Case("int8", 32, 8192, parts=True),
     Case("int4", 32, 8192),
+    Case("int8", 128, 2048),
 ]
 CASES = [
     *(Case("int8", batch, length, batch in {1, 32}) for length in (2048, 8192) for batch in (1, 8, 32, 128)),
@@ -278,7 +281,9 @@ def run_case(decoder: Decoder, case: Case, weight_bytes: int, peak: float) -> di
     return row
 
 
-def run_model(name: str, weights: str, cases: Sequence[Case], route: Any) -> dict[str, Any]:
+def run_model(
+    name: str, weights: str, cases: Sequence[Case], route: Any = None, overlap: bool = True
+) -> dict[str, Any]:
     """One process's measurements of a model."""
     import cupy  # pyright: ignore[reportMissingImports]
 
@@ -288,7 +293,7 @@ def run_model(name: str, weights: str, cases: Sequence[Case], route: Any) -> dic
     pool, config = cupy.get_default_memory_pool(), MODELS[name]
     begin = time.perf_counter()
     backend: Any = CudaBackend(
-        element="bfloat16", plans=open_plans(default_plan_folder()), decode_route=route
+        element="bfloat16", plans=open_plans(default_plan_folder()), decode_route=route, overlap=overlap
     )
     decoder = Decoder(random_checkpoint(config, WEIGHTS[weights]), backend)
     backend.stream.synchronize()
@@ -311,8 +316,8 @@ def run_model(name: str, weights: str, cases: Sequence[Case], route: Any) -> dic
         rows.append(row)
         print_row(name, weights, row)
     return {
-        "model": name, "weights": weights, "route": route, "load_seconds": loaded, "weight_bytes": held,
-        "read_weight_bytes": held - table, "read_bytes_per_second": peak, "rows": rows,
+        "model": name, "weights": weights, "route": route, "overlap": overlap, "load_seconds": loaded,
+        "weight_bytes": held, "read_weight_bytes": held - table, "read_bytes_per_second": peak, "rows": rows,
     }  # fmt: skip
 
 
@@ -343,6 +348,7 @@ def child(model: str, weights: str, options: argparse.Namespace) -> dict[str, An
         weights,
     ]
     command += ["--quick"] * options.quick + (["--route", options.route] if options.route else [])
+    command += ["--no-parts"] * (not options.parts) + ["--no-overlap"] * (not options.overlap)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         last = ""
         for line in process.stdout or ():
@@ -361,6 +367,12 @@ def main() -> None:
     parser.add_argument("--weights", help="by default bf16,int8,int4; bf16,int4 where it is to be quick")
     parser.add_argument("--quick", action="store_true", help="few cases")
     parser.add_argument("--route", help="force decode attention's: split-k, single-pass or cudnn")
+    parser.add_argument(
+        "--parts", action=argparse.BooleanOptionalAction, default=True, help="take some steps apart"
+    )
+    parser.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="let kernels overlap"
+    )
     parser.add_argument("--commit", help="name of the commit, where the checkout has no repository")
     parser.add_argument("--out", type=Path, default=RESULTS / "h200" / "decode_model.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -369,7 +381,8 @@ def main() -> None:
     weights = (options.weights or ("bf16,int4" if options.quick else ",".join(WEIGHTS))).split(",")
     if options.one:
         cases = QUICK if options.quick else CASES
-        print(json.dumps(run_model(models[0], weights[0], cases, options.route)))
+        cases = [replace(case, parts=case.parts and options.parts) for case in cases]
+        print(json.dumps(run_model(models[0], weights[0], cases, options.route, options.overlap)))
         return
     runs = [child(model, kind, options) for model in models for kind in weights]
 

@@ -4,37 +4,44 @@
 
 Times are of one layer's attention under CUDA-graph replay; the layers of one arena take turns, so that none
 of it lies in the second-level cache. Split-K is charged its share of the plan, made once for `LAYERS`
-layers. A batch of equal lengths is the best case of a single pass, one of lengths drawn from 1 to the longest
-is close to its worst; the table lets it run where it is not slower in either, at this length and all shorter
-ones. Prints that table as `cuda/decode_route.py` has it, and writes results/h200/decode_routes.json.
+layers; a single pass has the most thread blocks a head with which all heads run at once. cuDNN is not among
+them: it is forced, never routed to. A batch of equal lengths is the best case of a single pass, one of
+lengths drawn from 1 to the longest is close to its worst; the table lets it run where it is not slower in
+either, at this length and all shorter ones. Prints that table as `cuda/decode_route.py` has it, and writes
+results/h200/decode_routes.json.
 """
 
 import argparse
 import json
+import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, gpu_provenance, write
-from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem
+from benchmarks.machine import RESULTS, cores, gpu_provenance, write
+from kvrelay_kernels.cuda.clusters import Rooms
+from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, launch_shape
 from kvrelay_kernels.cuda.decode_route import DecodeRoute, Threshold, Thresholds, fitting_cluster
-from kvrelay_kernels.errors import FormatUnsupported
+from kvrelay_kernels.cuda.decode_single_pass import SinglePass, device_rooms, single_pass_key
+from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.interface import AttentionSpec
-from kvrelay_kernels.plans import PlanStore
+from kvrelay_kernels.plans import default_plan_folder, open_plans
 from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, parse_format
 
 SHAPES = ((32, 8, 128), (9, 3, 64), (16, 2, 256))
 """Query heads, KV heads, head dimension."""
 BATCHES = (1, 2, 4, 8, 16, 32)
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LAYERS = 32
 BEYOND_CACHE = 400e6
 """Bytes that the layers in turn hold together, at least."""
 MOST_BYTES = 16 << 30
-PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
+REPEATS = 5
+PACKAGES = ("numpy", "cupy-cuda13x")
 
 Row = dict[str, Any]
 
@@ -48,19 +55,41 @@ def lengths_of(batch: int, longest: int, ragged: bool) -> Any:
     return lengths
 
 
+def make(fmt: str, heads: int, kv_heads: int, head_dim: int) -> DecodeProblem:
+    """The problem of a format and a head shape."""
+    layout = BlockLayout(parse_format(fmt, head_dim, "bfloat16"), kv_heads, head_dim)
+    return DecodeProblem(layout, AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5), "bfloat16")
+
+
+def keys_of(problem: DecodeProblem, rooms: Rooms, arch: str) -> Iterable[KernelKey]:
+    """The kernels that a contest runs."""
+    shape, kv_heads = launch_shape(problem), problem.spec.kv_heads
+    yield problem.key(shape, arch)
+    for cluster in {fitting_cluster(batch * kv_heads, rooms) for batch in BATCHES}:
+        yield single_pass_key(problem, shape, cluster, arch)
+
+
+def compile_into(folder: Path, keys: Sequence[KernelKey]) -> None:
+    """Have kernels lie in the plan folder, compiled on all cores."""
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(_compile, [folder] * len(keys), keys):
+            pass
+
+
+def _compile(folder: Path, key: KernelKey) -> None:
+    KernelCache(open_plans(folder)).cubin(key)
+
+
 class Contest:
     """The kernels of one problem on one arena."""
 
-    def __init__(self, fmt: str, heads: int, kv_heads: int, head_dim: int, kernels: Any, cudnn: Any) -> None:
+    def __init__(self, problem: DecodeProblem, kernels: KernelCache, rooms: Rooms) -> None:
         import cupy  # pyright: ignore[reportMissingImports]
 
         from benchmarks.decode_attention import random_blocks
 
-        layout = BlockLayout(parse_format(fmt, head_dim, "bfloat16"), kv_heads, head_dim)
-        spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5)
-        self.problem = DecodeProblem(layout, spec, "bfloat16")
-        self._kernels, self._cudnn = kernels, cudnn
-        self._processors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+        self.problem, self._kernels, self._rooms = problem, kernels, rooms
+        layout = problem.layout
         some = random_blocks(layout, 256)
         self._arena = cupy.empty((MOST_BYTES // layout.block_bytes, layout.block_bytes), np.uint8)
         for at in range(0, len(self._arena), 256):
@@ -100,12 +129,8 @@ class Contest:
             cupy.cuda.get_current_stream().synchronize()  # what was made on it is there for `stream`
             with stream:
                 plan()
-            try:
-                spent = replay(calls, stream).median
-            except FormatUnsupported as error:
-                print(f"{route}: {error}")
-                continue
-            share = replay([plan] * 20, stream).median / LAYERS if route == "split-k" else 0.0
+            spent = replay(calls, stream, REPEATS).median
+            share = replay([plan] * 20, stream, REPEATS).median / LAYERS if route == "split-k" else 0.0
             found = (out.astype(np.uint32) << 16).view(np.float32)
             wanted = found if wanted is None else wanted
             rows.append({
@@ -117,17 +142,9 @@ class Contest:
         return rows
 
     def _contenders(self, batch: int) -> Iterable[tuple[DecodeRoute, int, Any]]:
-        from kvrelay_kernels.cuda.cudnn_decode import CudnnDecode
-        from kvrelay_kernels.cuda.decode_single_pass import SinglePass, largest_cluster
-        from kvrelay_kernels.cuda.module import device_arch
-
         yield "split-k", 1, DecodeAttention(self.problem, batch, self._kernels)
-        heads = batch * self.problem.spec.kv_heads
-        widest = fitting_cluster(heads, self._processors, largest_cluster(device_arch()))
-        for cluster in dict.fromkeys((widest, max(1, widest // 2), 1)):
-            yield "single-pass", cluster, SinglePass(self.problem, self._kernels, cluster)
-        if self._cudnn is not None and not self.problem.layout.format.quantized:
-            yield "cudnn", 1, CudnnDecode(self.problem, batch, self._cudnn)
+        cluster = fitting_cluster(batch * self.problem.spec.kv_heads, self._rooms)
+        yield "single-pass", cluster, SinglePass(self.problem, self._kernels, cluster)
 
 
 def thresholds_of(rows: Sequence[Row]) -> Thresholds:
@@ -194,33 +211,25 @@ def main() -> None:
     options = parser.parse_args()
     import cupy  # pyright: ignore[reportMissingImports]
 
-    from kvrelay_kernels.cuda.cudnn_attention import CudnnAttention
-    from kvrelay_kernels.cuda.device import find_gpu
-    from kvrelay_kernels.cuda.module import KernelCache
-    from kvrelay_kernels.errors import BackendUnavailable
-    from kvrelay_kernels.plans import default_plan_folder, open_plans
-
-    gpu, kernels = find_gpu(), KernelCache(open_plans(default_plan_folder()))
+    folder = default_plan_folder()
+    kernels = KernelCache(open_plans(folder))
+    rooms, arch = device_rooms(kernels), device_arch()
     stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.get_default_memory_pool()
-    try:
-        cudnn = CudnnAttention(PlanStore(), gpu.device_class)
-    except BackendUnavailable as error:
-        print(error)
-        cudnn = None
     formats = ["int8"] if options.quick else options.formats.split(",")
+    problems = [make(fmt, *shape) for fmt in formats for shape in SHAPES[: 1 if options.quick else None]]
+    compile_into(folder, [key for problem in problems for key in keys_of(problem, rooms, arch)])
     rows: list[Row] = []
-    for fmt in formats:
-        for heads, kv_heads, head_dim in SHAPES[:1] if options.quick else SHAPES:
-            contest = Contest(fmt, heads, kv_heads, head_dim, kernels, cudnn)
-            for batch in BATCHES:
-                for longest in LENGTHS:
-                    for ragged in (False, True)[: 1 + (batch > 1)]:
-                        found = contest.run(batch, longest, ragged, stream)
-                        print_case(found)
-                        rows += found
-            del contest
-            pool.free_all_blocks()
-    head = gpu_provenance(PACKAGES, options.commit) | {"processors": gpu.processors}
+    for problem in problems:
+        contest = Contest(problem, kernels, rooms)
+        for batch in BATCHES:
+            for longest in LENGTHS:
+                for ragged in (False, True)[: 1 + (batch > 1)]:
+                    found = contest.run(batch, longest, ragged, stream)
+                    print_case(found)
+                    rows += found
+        del contest
+        pool.free_all_blocks()
+    head = gpu_provenance(PACKAGES, options.commit) | {"rooms": rooms}
     write(head | {"rows": rows}, options.out)
     # As they are kept, to five digits: the committed table is compared with what they give.
     print_table(thresholds_of(json.loads(options.out.read_text())["rows"]))

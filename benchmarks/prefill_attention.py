@@ -1,11 +1,11 @@
 """Prefill attention on the GPU: every route of ours, every mask, and the peers that are importable beside.
 
-    python -m benchmarks.prefill_attention [--quick] [--commit NAME]
+    python -m benchmarks.prefill_attention [--cases "causal 8192" ...] [--routes sparse ...] [--commit NAME]
 
 Times are milliseconds of one layer's attention, plain calls and CUDA-graph replay. Several layers and sets of
 queries take turns. Contenders of a case take turns too, in short samples, for the card's clock falls under
 load. The error is against float64 on some rows of the output. Peers that know no masks are given a dense one.
-Writes results/h200/prefill_attention.json.
+Writes results/h200/prefill_attention.json; a choice of cases or routes goes where --out says, if anywhere.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -269,7 +269,8 @@ def all_cases() -> list[Case]:
     mixed = tuple((n, n) for n in (256, 512, 777, 1024, 1500, 2048, 3000, 4096))
     cases += [Case("8 prompts of 256 to 4096", mixed)]
     for heads in ((32, 8, 64), (32, 8, 96), (16, 8, 256), (32, 32, 128), (32, 4, 128)):
-        cases += [Case(f"causal {n}", ((n, n),), heads) for n in (2048, 8192)]
+        shape = "{}/{} heads of {}".format(*heads)
+        cases += [Case(f"causal {n}, {shape}", ((n, n),), heads) for n in (2048, 8192)]
     for fmt in ("int8-g64", "int4-g64"):
         cases += [Case(f"{fmt}, 2048 on {n}", ((2048, n),), fmt=fmt) for n in (8192, 32768)]
     return cases
@@ -278,10 +279,17 @@ def all_cases() -> list[Case]:
 def main() -> None:
     """Measure, print a table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first cases alone, no file")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--routes", nargs="+", choices=get_args(Route), help="these of ours alone")
     parser.add_argument("--commit", help="name of the commit, where the checkout has no repository")
-    parser.add_argument("--out", type=Path, default=PATH)
+    parser.add_argument("--out", type=Path, help="in place of results/h200")
     options = parser.parse_args()
+    cases = all_cases()
+    if options.cases:
+        if unknown := set(options.cases) - {case.name for case in cases}:
+            parser.error(f"no such case: {', '.join(sorted(unknown))}")
+        cases = [case for case in cases if case.name in options.cases]
+    out = options.out or (None if options.cases or options.routes else PATH)
 
     stream = cupy.cuda.Stream(non_blocking=True)
     stream.use()
@@ -290,21 +298,22 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'case':36} {'contender':24}   replay    plain    least     most TFLOP/s error")
     own: list[Route] = ["sparse", "sparse_mma"] if device_arch() == HOPPER else ["sparse_mma"]
-    for case in all_cases()[: 5 if options.quick else None]:
-        row = Bench(case, kernels, stream).run(own if case.mask else [*own, "cudnn"])
+    for case in cases:
+        routes: list[Route] = own if case.mask else [*own, "cudnn"]
+        chosen: list[Route] = [route for route in routes if route in (options.routes or routes)]
+        row = Bench(case, kernels, stream).run(chosen)
         rows.append(row)
         for one in row["contenders"]:
             plain, replay = one["plain_ms"], one["replay_ms"] or {"median": float("nan")}
             times = (
                 f"{replay['median']:8.4f} {plain['median']:8.4f} {plain['least']:8.4f} {plain['most']:8.4f}"
             )
-            title = f"{case.name} {'' if case.heads == (32, 8, 128) else case.heads}"
             speed = f"{one['tile_flops_per_second'] / 1e12:6.0f}  {one['relative_error']:.1e}"
-            print(f"{title:36} {one['name']:24} {times} {speed}", flush=True)
+            print(f"{case.name:36} {one['name']:24} {times} {speed}", flush=True)
         gc.collect()
         cupy.get_default_memory_pool().free_all_blocks()
-        if not options.quick:
-            write({**head, "sets": SETS, "rounds": ROUNDS, "rows": rows}, options.out)
+        if out:
+            write({**head, "sets": SETS, "rounds": ROUNDS, "rows": rows}, out)
 
 
 if __name__ == "__main__":

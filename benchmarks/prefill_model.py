@@ -6,12 +6,14 @@ Every prompt goes through `Decoder.forward` and the CUDA backend, in steps of at
 host's clock runs from the first step until the logits of the last row are there. Each model runs in two
 processes, one with an empty plan folder and one with the folder that the first has filled: their ready times
 and first prompts are the cold and the warm start. A run of its own puts events around every operation, which
-gives the parts: products, attention, and the rest, beside the floors that 790 TFLOP/s and 4.2 TB/s set.
-Writes results/h200/prefill_model.json.
+gives the parts: products, attention, and the rest, beside the floors that 790 TFLOP/s and 4.2 TB/s set. The
+warm process then serves `--served` short prompts, whose blocks leave, and says what memory was held after ten
+of them and after all. Writes results/h200/prefill_model.json.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,8 @@ FLOPS, BYTES = 790e12, 4.2e12
 """What the card has been seen to reach: bf16 products, and copies (bytes read and written)."""
 MIXED = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 REPEATS = 10
+SHORT = (1, 17, 64, 100, 128, 200, 256, 333, 400, 512)
+"""Lengths of the prompts that are served to see whether memory grows, again and again."""
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
 MODELS = {config.name: config for config in (LLAMA_8B, QWEN3_4B, GEMMA3_4B)}
 
@@ -145,21 +149,49 @@ def floors(config: ModelConfig, lengths: Sequence[int], kv_bytes: float) -> dict
     }
 
 
+def read_prompts(decoder: Decoder, arena: Any, steps: Sequence[StepBatch], leaving: bool) -> None:
+    """Take the steps; `leaving` reads every block back as soon as its layer has it."""
+    for step in steps:
+        blocks = np.unique(slots_of(step) // BLOCK_TOKENS).tolist()
+
+        def read_back(layer: int, blocks: list[int] = blocks) -> None:
+            for block in blocks:
+                arena.read_block(layer, block)
+
+        decoder.forward(step, arena, read_back if leaving else None)
+
+
 def run_case(decoder: Decoder, arena: Any, case: Case, chunk: int, leaving: bool = False) -> list[float]:
-    """Seconds of each of `REPEATS` runs; `leaving` reads every block back as soon as its layer has it."""
+    """Seconds of each of `REPEATS` runs."""
     steps, times = case.steps(chunk), []
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        for step in steps:
-            blocks = np.unique(slots_of(step) // BLOCK_TOKENS).tolist()
-
-            def read_back(layer: int, blocks: list[int] = blocks) -> None:
-                for block in blocks:
-                    arena.read_block(layer, block)
-
-            decoder.forward(step, arena, read_back if leaving else None)
+        read_prompts(decoder, arena, steps, leaving)
         times.append(time.perf_counter() - begin)
     return times
+
+
+def serve(decoder: Decoder, arena: Any, prompts: int, chunk: int) -> dict[str, Any]:
+    """Memory after the tenth and after the last of so many short prompts, whose blocks leave."""
+    cases = [Case(str(length), (length,)).steps(chunk) for length in SHORT]
+    begin = time.perf_counter()
+    after: dict[str, dict[str, int]] = {}
+    for done in range(prompts):
+        read_prompts(decoder, arena, cases[done % len(cases)], leaving=True)
+        if done + 1 in (len(SHORT), prompts):
+            after[str(done + 1)] = memory()
+    return {"prompts": prompts, "seconds": time.perf_counter() - begin, "memory_after": after}
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use: of the GPU by all, of it by CuPy's pool, and of the host by this process."""
+    free, total = cupy.cuda.runtime.memGetInfo()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "device_bytes": total - free,
+        "pool_bytes": cupy.get_default_memory_pool().total_bytes(),
+        "host_bytes": pages * resource.getpagesize(),
+    }
 
 
 def time_parts(decoder: Decoder, arena: Any, case: Case, chunk: int) -> dict[str, float]:
@@ -174,7 +206,13 @@ def time_parts(decoder: Decoder, arena: Any, case: Case, chunk: int) -> dict[str
 
 
 def run_model(
-    name: str, formats: Sequence[str], cases: Sequence[str], chunk: int, folder: Path, cold: bool
+    name: str,
+    formats: Sequence[str],
+    cases: Sequence[str],
+    chunk: int,
+    served: int,
+    folder: Path,
+    cold: bool,
 ) -> dict[str, Any]:
     """One process's measurements of a model."""
     config = MODELS[name]
@@ -195,7 +233,7 @@ def run_model(
         ready = time.perf_counter()
         if "ready_seconds" not in result:
             result |= {"load_seconds": loaded - begin, "ready_seconds": ready - begin}
-            result["warm_seconds"] = ready - warm_from
+            result |= {"warm_seconds": ready - warm_from, "plans_until_ready": plan_counts(backend)}
         if cold and kv_format != formats[0]:
             continue  # compiled and measured for the warm start
         kv_bytes = arena.layout.block_bytes / BLOCK_TOKENS
@@ -212,12 +250,19 @@ def run_model(
                 "parts_milliseconds": parts, "floors_milliseconds": floors(config, case.lengths, kv_bytes),
             })  # fmt: skip
             print_row(name, rows[-1])
-        result["memory_held_bytes"] = pool.total_bytes()
-        free, total = cupy.cuda.runtime.memGetInfo()
-        result["device_bytes_used"] = total - free
+        if "first_over_tenth" not in result:
+            result["first_over_tenth"] = rows[0]["first_over_tenth"]
+        result["peak_memory"] = max(memory(), result.get("peak_memory", memory()), key=peak)
+        if not cold and kv_format == formats[-1]:
+            result["served"] = serve(decoder, arena, served, chunk)
         del arena
         pool.free_all_blocks()
     return result | {"rows": rows, "plans": plan_counts(backend)}
+
+
+def peak(found: dict[str, int]) -> int:
+    """What decides which of two readings of `memory` is the peak."""
+    return found["device_bytes"]
 
 
 def plan_counts(backend: CudaBackend) -> dict[str, Any]:
@@ -238,12 +283,23 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     )
 
 
+def print_start(run: dict[str, Any]) -> None:
+    """A line about a process."""
+    print(
+        f"{run['model']}: {'cold' if run['cold'] else 'warm'} start, ready in {run['ready_seconds']:.1f} s"
+        f" (loading {run['load_seconds']:.1f}), first prompt {run['first_over_tenth']:.2f} of the tenth;"
+        f" plans built until ready {run['plans_until_ready']['built']}, in all {run['plans']['built']};"
+        f" {run['peak_memory']['device_bytes'] / 2**30:.1f} GiB of the GPU in use, {run.get('served', '')}",
+        flush=True,
+    )
+
+
 def child(model: str, options: argparse.Namespace, folder: Path, cold: bool) -> dict[str, Any]:
     """Measure a model in a process of its own."""
     command = [
         sys.executable, "-m", "benchmarks.prefill_model", "--one", model, "--folder", str(folder),
         "--formats", options.formats, "--cases", options.cases,
-        "--chunk", str(options.chunk), *(["--cold"] if cold else []),
+        "--chunk", str(options.chunk), "--served", str(options.served), *(["--cold"] if cold else []),
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     *lines, last = done.stdout.splitlines()
@@ -257,6 +313,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int8,none")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--served", type=int, default=1000, help="short prompts for the check of memory")
     parser.add_argument("--commit", help="name of the commit, where the checkout has no repository")
     parser.add_argument("--out", type=Path, default=RESULTS / "h200" / "prefill_model.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -272,6 +329,7 @@ def main() -> None:
                     formats,
                     options.cases.split(","),
                     options.chunk,
+                    options.served,
                     options.folder,
                     options.cold,
                 )
@@ -283,12 +341,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for cold in (True, False):
                 runs.append(child(model, options, Path(folder), cold))
-                print(
-                    f"{model}: {'cold' if cold else 'warm'} start, ready in {runs[-1]['ready_seconds']:.1f} s"
-                    f" (loading {runs[-1]['load_seconds']:.1f}), plans {runs[-1]['plans']},"
-                    f" {runs[-1]['device_bytes_used'] / 2**30:.1f} GiB in use",
-                    flush=True,
-                )
+                print_start(runs[-1])
     head = gpu_provenance(PACKAGES, options.commit)
     write(head | {"runs": runs}, options.out)
 

@@ -190,6 +190,28 @@ def test_recorded_steps_are_the_same_bits(cupy: Any, folder: Path, kv_format: st
         decoder.forward(sequence_steps([1, 1, 1], [200, 200, 200], [1, VOCABULARY, 1])[0], arena)
 
 
+@pytest.mark.parametrize(("kv_format", "mode"), [("none", "float"), ("int8", "int4"), ("turbo3", "float")])
+def test_kernels_that_overlap_give_the_same_bits(
+    cupy: Any, folder: Path, kv_format: str, mode: WeightMode
+) -> None:
+    found: list[list[bytes]] = []
+    for overlap in (False, True):
+        backend: Any = CudaBackend(plans=PlanStore(), overlap=overlap)
+        decoder = Decoder(load_model(folder), backend, mode)
+        arena, rng = decoder.new_arena(64, kv_format), np.random.default_rng(8)
+        prompt, _ = sequence_steps([290, 5, 900], [0, 0, 0], rng.integers(3, VOCABULARY - 1, 1195).tolist())
+        logits = [decoder.forward(prompt, arena).tobytes()]
+        for step in range(30):
+            past, ids = [290 + step, 5 + step, 900 + step], rng.integers(3, VOCABULARY - 1, 3).tolist()
+            batch, _ = sequence_steps([1, 1, 1], past, ids)
+            batch = dataclasses.replace(batch, block_tables=prompt.block_tables)
+            # Recorded, and at times as the step of a prompt is run.
+            eager = (lambda layer: None) if step % 5 == 4 else None
+            logits.append(decoder.forward(batch, arena, on_layer=eager).tobytes())
+        found.append(logits)
+    assert found[0] == found[1]
+
+
 def test_nan_is_reported_and_harms_nobody_else(cupy: Any, folder: Path) -> None:
     decoder, _ = decoders(folder, "float16")
     arena = decoder.new_arena(8, "int8")

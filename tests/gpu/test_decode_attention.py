@@ -44,6 +44,14 @@ def relative_error(got: Any, want: Any) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def bound(want: NDArray[np.float64], element: Element16) -> float:
+    """What a result may be off by: `BOUND`, or a twentieth more than its own rounding where that costs more.
+
+    A few levels of one token make up a whole sequence of one: there rounding may lose up to 2^-8.
+    """
+    return max(BOUND, 1.05 * relative_error(want.astype(DTYPES[element]).astype(np.float64), want))
+
+
 def check(cupy: Any, kernels: KernelCache, problem: DecodeProblem, lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     cache = random_cache(rng, problem.layout, lengths)
@@ -58,7 +66,7 @@ def check(cupy: Any, kernels: KernelCache, problem: DecodeProblem, lengths: list
             assert not got[rows].any()
         else:
             assert relative_error(got[rows], want[rows]) < 2 * BOUND, f"sequence {s}"
-    assert relative_error(got, want) < BOUND
+    assert relative_error(got, want) < bound(want, problem.element)
 
 
 @pytest.mark.parametrize("head_dim", HEADS)

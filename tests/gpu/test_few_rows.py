@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.few_rows import FewRows
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.interface import WeightMode
-from kvrelay_kernels.quant.weights import as_codes, quantize_weight
+from kvrelay_kernels.quant.weights import as_codes
 from model_runtime.steps import sequence_steps
+from tests.gpu.coded_weights import load, values_of
 from tests.gpu.paged_cache import DTYPES
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
 
@@ -27,28 +26,6 @@ CODED: list[tuple[WeightMode, int]] = [("int4", 4), ("int8", 8)]
 def few(cupy: Any, element: Element16, kernels: KernelCache) -> FewRows:
     """The kernels alone, also for 16-bit weights."""
     return FewRows(element, kernels, find_gpu().processors)
-
-
-def load(backend: PoisonedCudaBackend, name: str, n: int, k: int) -> Any:
-    """A weight of variance 1 / k in a form."""
-    values = np.random.default_rng(n + k).standard_normal((n, k), np.float32) / np.float32(np.sqrt(k))
-    mode: WeightMode = "auto"
-    if name == "int8-g16":
-        return backend.load_linear([quantize_weight(values, 6, 16)], mode).weight
-    modes: dict[str, WeightMode] = {"int4": "int4", "int8": "int8", "16": "float"}
-    return backend.load_linear([values], modes[name]).weight
-
-
-def values_of(backend: PoisonedCudaBackend, weight: Any, element: str) -> NDArray[np.float64]:
-    """What a weight stands for, in elements: one row after the other, by `embed`."""
-    n, k = weight.shape
-    if not isinstance(weight, CodedMatrix):
-        return to_host(weight, element).astype(np.float64)
-    import cupy  # pyright: ignore[reportMissingImports]
-
-    out = cupy.empty((n, k), np.float32)
-    backend._rows.embed(weight, cupy.arange(n, dtype=np.int32), 1.0, out)  # pyright: ignore[reportPrivateUsage]
-    return out.get().astype(np.float64)
 
 
 def run(few: FewRows, x: Any, weight: Any, kind: Any = np.uint16) -> Any:
@@ -98,9 +75,10 @@ def test_rounding_on_the_device_is_that_of_the_host(backend: PoisonedCudaBackend
             wanted = as_codes(part, bits)
             same = backend.load_linear([wanted], "auto").weight
             assert np.array_equal(weight.codes.get(), same.codes.get())
-            assert (
-                error(values_of(backend, weight, element), wanted.dequantize().astype(np.float64)) < 2.0**-11
-            )
+            values = wanted.dequantize().astype(np.float64)
+            biases = np.repeat(wanted.biases.astype(np.float64), wanted.group, axis=1)
+            sizes = np.abs(values - biases) + np.abs(biases)  # scale and bias are rounded, each to 11 bits
+            assert (np.abs(values_of(backend, weight, element) - values) <= 2.0**-11 * sizes + 1e-6).all()
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 129, 300])

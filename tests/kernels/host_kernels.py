@@ -80,6 +80,22 @@ def box_map(array: NDArray[np.uint8], box_rows: int) -> NDArray[np.uint64]:
     return np.array([array.ctypes.data, array.nbytes, box_rows], np.uint64)
 
 
+def matrix_map(matrix: NDArray[np.uint16], box_rows: int) -> np.void:
+    """In place of that of `tensor_map`: a contiguous matrix, in boxes of `box_rows` rows by 64 columns."""
+    assert matrix.flags.c_contiguous
+    assert matrix.shape[1] % 8 == 0
+    words = np.zeros(16, np.uint64)
+    words[:4] = matrix.ctypes.data, *matrix.shape, box_rows
+    return np.void(words.tobytes())
+
+
+def blocks_map(
+    address: int, blocks: int, block_bytes: int, shape: tuple[int, int, int]
+) -> NDArray[np.uint64]:
+    """In place of `block_map`, with the same arguments."""
+    return np.array([address, blocks, block_bytes, *shape], np.uint64)
+
+
 def _value(arg: Any) -> Any:
     if isinstance(arg, np.ndarray):
         assert arg.flags.c_contiguous

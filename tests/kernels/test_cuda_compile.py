@@ -17,6 +17,10 @@ from kvrelay_kernels.cuda.module import SOURCES, KernelCache, KernelKey
 from kvrelay_kernels.cuda.nvrtc import CompileFailed, compile_cubin, library
 from kvrelay_kernels.cuda.rope import MANY_PASSES, AppendShape
 from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key, rotate_key
+from kvrelay_kernels.cuda.stream_codes import COLUMNS as CODE_COLUMNS
+from kvrelay_kernels.cuda.stream_codes import stream_shape
+from kvrelay_kernels.cuda.stream_rows import COLUMNS as STREAM_COLUMNS
+from kvrelay_kernels.cuda.stream_rows import SHAPE as STREAM_SHAPE
 from kvrelay_kernels.cuda.weights import convert_key
 from kvrelay_kernels.errors import BackendUnavailable
 from kvrelay_kernels.interface import Activation, AttentionSpec
@@ -72,7 +76,7 @@ def test_decode_attention_compiles(name: str, arch: str) -> None:
     assert cubin[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize(("arch", "cluster"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 16), ("sm_100", 8)])
+@pytest.mark.parametrize(("arch", "cluster"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 14), ("sm_100", 8)])
 @pytest.mark.parametrize("name", ["none", "int8", "int4"])
 def test_decode_single_pass_compiles(name: str, arch: str, cluster: int) -> None:
     problem = decode_problem(name)
@@ -114,6 +118,25 @@ def test_block_sparse_mma_compiles(problem: SparseProblem, arch: str) -> None:
 def test_expand_blocks_compiles(fmt: str, arch: str) -> None:
     expansion = Expansion(BlockLayout(parse_format(fmt, 128, "bfloat16"), 8, 128), "bfloat16")
     assert KernelCache().cubin(expansion.key(arch))[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+def test_stream_rows_compiles(element: Element16, arch: str) -> None:
+    for columns in STREAM_COLUMNS:
+        for float_out in (False, True):
+            key = STREAM_SHAPE.key(columns, element, float_out, arch)
+            assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+
+
+@pytest.mark.parametrize("columns", CODE_COLUMNS)
+@pytest.mark.parametrize(
+    "form", [Form(4, 32), Form(4, 64), Form(4, 16), Form(8, 32), Form(8, 16, wide=True)], ids=str
+)
+def test_stream_codes_compiles(form: Form, columns: int) -> None:
+    element: Element16 = "float16" if form.group == 64 else "bfloat16"
+    key = stream_shape(form, columns).key(form, element, form.bits == 8)
+    assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
 def row_keys(element: Element16, arch: str) -> list[KernelKey]:
@@ -191,6 +214,8 @@ def test_every_source_is_tested() -> None:
         "expand_blocks",
         "expand_matrix",
         "few_rows",
+        "stream_codes",
+        "stream_rows",
         *(key.source for key in draw_keys("sm_80")),
         *(key.source for key in row_keys("float16", "sm_80")),
     }

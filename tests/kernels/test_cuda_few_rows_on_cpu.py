@@ -4,7 +4,6 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -20,23 +19,13 @@ from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.weights import quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
+from tests.kernels.coded_cases import DTYPES, FORMS, UNIT, activations, coded_weight
 from tests.kernels.host_kernels import COMPILER, HostKernels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
-DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 SUMS = {"float16": 2.0**-18, "bfloat16": 2.0**-15}
 """What sums may miss of the sum of sizes: with bfloat16, codes come with 128 added."""
 PROCESSORS = 2
-FORMS = {
-    "int4-g32": (4, 32, True),
-    "int4-g64-wide": (4, 64, False),
-    "int8-g64": (8, 64, True),
-    "int8-g32-wide": (8, 32, False),
-    "int8-g16-wide": (8, 16, False),
-    "16": (16, 0, False),
-}
-"""Bits, group, and whether scales may be rounded to float16."""
 N, K = 88, 704
 
 
@@ -55,28 +44,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def weight_of(name: str, n: int, k: int, element: str) -> tuple[Any, NDArray[np.float64]]:
     """A weight, and the values it stands for."""
-    bits, group, rounded = FORMS[name]
-    values = np.random.default_rng(n * k).standard_normal((n, k)).astype(np.float32)
-    if bits == 16:
-        there = values.astype(DTYPES[element])
-        return there.view(np.uint16), there.astype(np.float64)
-    codes = quantize_weight(values, bits, group)
-    matrix = pack_codes([codes], rounded)
-    assert matrix is not None
-    assert (matrix.factors.dtype == np.float16) == rounded
-    if rounded:
-        scales, biases = (part.astype(np.float16).astype(np.float32) for part in (codes.scales, codes.biases))
-        codes = AffineWeight(codes.codes, scales, biases, bits)
+    if name == "16":
+        values = np.random.default_rng(n * k).standard_normal((n, k)).astype(DTYPES[element])
+        return values.view(np.uint16), values.astype(np.float64)
+    matrix, codes = coded_weight(name, n, k)
     return matrix, codes.dequantize().astype(np.float64)
-
-
-def activations(rows: int, k: int, element: str) -> NDArray[Any]:
-    """Standard normal, but a few a thousand times as large, and a row far below all others."""
-    rng = np.random.default_rng(rows)
-    x = rng.standard_normal((rows, k))
-    x[:, rng.integers(0, k, 3)] *= 1000
-    x[rows // 2] *= 1e-3
-    return x.astype(DTYPES[element])
 
 
 def product(kernels: Any, x: NDArray[Any], weight: Any, bias: Any, element: Element16) -> NDArray[np.uint16]:
@@ -87,7 +59,7 @@ def product(kernels: Any, x: NDArray[Any], weight: Any, bias: Any, element: Elem
 
 @pytest.mark.parametrize(
     ("name", "element"),
-    [*((name, "bfloat16") for name in FORMS), ("int4-g32", "float16"), ("int8-g64", "float16")],
+    [*((name, "bfloat16") for name in (*FORMS, "16")), ("int4-g32", "float16"), ("int8-g64", "float16")],
 )
 def test_against_float64(kernels: Any, name: str, element: Element16) -> None:
     weight, values = weight_of(name, N, K, element)

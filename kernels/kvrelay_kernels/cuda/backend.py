@@ -57,9 +57,11 @@ class CudaBackend:
         element: Element16 = "float16",
         plans: PlanStore | None = None,
         decode_route: DecodeRoute | None = None,
+        overlap: bool = True,
     ) -> None:
         """`plans` keeps compiled kernels and tuned choices; None: those of this user's machine.
         `decode_route` forces the kernel that attends for decoding sequences; None: the table's.
+        `overlap`: kernels may begin before the ones ahead have ended, where the device can (see `launch`).
 
         The host's part needs one thread, whatever `threads` allows. float16 has three bits more than bfloat16
         and holds what SmolLM2 and the smallest Gemma 3 compute beside the residual stream, 25000 at most;
@@ -80,7 +82,7 @@ class CudaBackend:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
         store = open_plans(default_plan_folder()) if plans is None else plans
-        self._kernels = kernels = KernelCache(store)
+        self._kernels = kernels = KernelCache(store, overlap)
         self.uploads = Uploads()
         self._weights = WeightLoader(element, kernels)
         self._products = Products(element, kernels, store, gpu.device_class)
@@ -152,9 +154,13 @@ class CudaBackend:
         return total, out
 
     def linear(self, x: Any, weight: CudaLinear, batch: StepBatch | None = None) -> Any:
-        """See `Backend.linear`: with a matrix of codes, prompts and other rows are products of two kinds."""
+        """See `Backend.linear`: prompts and other rows are products of two kinds.
+
+        Without a batch, a 16-bit weight takes all rows as those of prompts, codes more than `MOST_ROWS`.
+        """
         out = self._blank(len(x), weight.n)
-        runs = [(0, len(x), len(x) > MOST_ROWS)] if batch is None or not weight.coded else batch.runs
+        every = [(0, len(x), not weight.coded or len(x) > MOST_ROWS)]
+        runs = every if batch is None else batch.runs
         for begin, end, prompts in runs:
             self._products(x[begin:end], weight, out[begin:end], prompts)
         return out

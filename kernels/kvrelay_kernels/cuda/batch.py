@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -83,19 +84,25 @@ class Uploads:
         """
         import cupy  # pyright: ignore[reportMissingImports]
 
-        starts = np.cumsum([0, *(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)])
-        total = int(starts[-1])
-        pinned = self._next(total)
-        for array, start in zip(arrays, starts, strict=False):
-            pinned[start : start + array.size] = array.reshape(-1)
-        device = cupy.empty(capacity(total), np.int32) if into is None else into
-        stream = cupy.cuda.get_current_stream()
-        device.data.copy_from_host_async(pinned.ctypes.data, 4 * total, stream)
-        self._copied[self._turn].record(stream)
+        starts = _starts(arrays)
+        device = cupy.empty(capacity(starts[-1]), np.int32) if into is None else into
+        self.fill(device, arrays)
         return [
             device[start : start + array.size].reshape(array.shape)
             for array, start in zip(arrays, starts, strict=False)
         ]
+
+    def fill(self, device: Any, arrays: Sequence[NDArray[np.int32]]) -> None:
+        """Copy `arrays` into a flat buffer where `send` puts such arrays, on CuPy's current stream."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        starts = _starts(arrays)
+        pinned = self._next(starts[-1])
+        for array, start in zip(arrays, starts, strict=False):
+            pinned[start : start + array.size] = array.reshape(-1)
+        stream = cupy.cuda.get_current_stream()
+        device.data.copy_from_host_async(pinned.ctypes.data, 4 * starts[-1], stream)
+        self._copied[self._turn].record(stream)
 
     def _next(self, total: int) -> NDArray[np.int32]:
         """The next turn's pinned memory, once the copy that used it last has run."""
@@ -109,6 +116,16 @@ class Uploads:
         if len(self._pinned[self._turn]) < total:
             self._pinned[self._turn] = cupyx.empty_pinned(capacity(total), np.int32)
         return self._pinned[self._turn]
+
+
+def _starts(arrays: Sequence[NDArray[np.int32]]) -> list[int]:
+    """Where in a buffer each array begins, and where they end."""
+    return list(accumulate(map(room, arrays), initial=0))
+
+
+def room(array: NDArray[np.int32]) -> int:
+    """Elements that an array takes in an upload."""
+    return -(-array.size // ALIGNMENT) * ALIGNMENT
 
 
 def capacity(size: int) -> int:

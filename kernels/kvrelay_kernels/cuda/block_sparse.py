@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -87,11 +87,13 @@ class BlockSparse:
     instance follow each other on one stream.
     """
 
-    def __init__(self, problem: SparseProblem, kernels: KernelCache) -> None:
-        """Raises FormatUnsupported where the device is no Hopper, and as KernelCache.load."""
-        import cupy  # pyright: ignore[reportMissingImports]
+    def __init__(
+        self, problem: SparseProblem, kernels: KernelCache, arch: str, processors: int, counter: Any
+    ) -> None:
+        """`arch` as `device_arch` names it; `counter`, one zero of uint32 on the device, is this instance's.
 
-        arch = device_arch()
+        Raises FormatUnsupported where the device is no Hopper, and as KernelCache.load.
+        """
         if arch != "sm_90a":
             raise FormatUnsupported(
                 f"the block-sparse prefill kernel runs on compute capability 9.0, not {arch}"
@@ -100,8 +102,15 @@ class BlockSparse:
         self._kernel = kernels.load(
             KernelKey.of("block_sparse", problem.constants, arch), problem.shared_bytes
         )
-        self._processors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
-        self._counter = cupy.zeros(1, np.uint32)
+        self._processors, self._counter = processors, counter
+
+    @classmethod
+    def here(cls, problem: SparseProblem, kernels: KernelCache) -> Self:
+        """For the current device."""
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        processors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+        return cls(problem, kernels, device_arch(), processors, cupy.zeros(1, np.uint32))
 
     def __call__(
         self, q: Any, out: Any, maps: BlockMaps, first_block: int, tables: Any, work: tuple[Any, Any, Any],

@@ -69,7 +69,7 @@ def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMat
 
     Codes of up to 4 bits are kept in 4, others in 8; a group that 64 divides is cut into groups of 64.
     Scales and biases become float16 if that loses nothing, or if they may be `rounded`: then a value moves
-    by at most 2^-12 of its scale * code and of its bias, as it would in a matrix of float16 elements. In
+    by at most 2^-11 of its scale * code and of its bias, as it would in a matrix of float16 elements. In
     that case they must lie within float16's normal range or be 0, else they stay float32.
     """
     whole = concatenate(list(parts))

@@ -154,12 +154,13 @@ class DecodeLaunch:
         self._arrivals = arrays.zeros(sequences * self._heads, np.uint32)
         self._plan = arrays.zeros(4 + 8 * slots + sequences, np.int32)
         self._planned = 0
+        self._plan_ahead = True
 
     def plan(self, lengths: Any) -> None:
         """See `DecodeAttention.plan`."""
         if lengths.shape[0] > self.sequences:
             raise ValueError(f"{lengths.shape[0]} sequences do not fit a workspace for {self.sequences}")
-        self._planned = lengths.shape[0]
+        self._planned, self._plan_ahead = lengths.shape[0], True
         args = (
             lengths, *map(np.int32, (
                 self._planned, self.problem.rows, self.problem.spec.window or 0, self._heads, self.blocks,
@@ -179,7 +180,9 @@ class DecodeLaunch:
             tables, self._plan, out, self._partials, self._stats, self._arrivals,
             np.int32(tables.strides[0] // 4), np.int32(self._planned),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
+            np.int32(self._plan_ahead),
         )  # fmt: skip
+        self._plan_ahead = False
         self._kernel((self.blocks,), (32 * self.shape.warps,), args, shared_mem=self._shared)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvrelay_kernels.cuda.clusters import Rooms
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem
 
 DecodeRoute = Literal["split-k", "single-pass", "cudnn"]
@@ -47,26 +48,21 @@ def choose_route(
     problem: DecodeProblem,
     sequences: int,
     tokens: int,
-    processors: int,
-    largest: int,
+    rooms: Rooms,
     thresholds: Thresholds = THRESHOLDS,
     forced: DecodeRoute | None = None,
 ) -> Choice:
     """The kernel for steps of `sequences` rows whose tables hold `tokens` for each.
 
-    `processors` is how many thread blocks the device runs at once, `largest` how many of them in a cluster;
-    `forced` takes the table's place.
+    `rooms` says how many clusters the device runs at once; `forced` takes the table's place.
     """
     heads = sequences * problem.spec.kv_heads * problem.query_tiles
     table = thresholds.get((problem.layout.format.base, problem.spec.head_dim), ())
     fitting: list[DecodeRoute] = [row.route for row in table if heads <= row.heads and tokens <= row.tokens]
     route = forced or (fitting or SPLIT_K)[0]
-    return Choice(route, fitting_cluster(heads, processors, largest) if route == "single-pass" else 1)
+    return Choice(route, fitting_cluster(heads, rooms) if route == "single-pass" else 1)
 
 
-def fitting_cluster(heads: int, processors: int, largest: int) -> int:
-    """The largest power of two of thread blocks a head with which all heads still run at once; at least 1."""
-    cluster = 1
-    while 2 * cluster <= largest and 2 * cluster * heads <= processors:
-        cluster *= 2
-    return cluster
+def fitting_cluster(heads: int, rooms: Rooms) -> int:
+    """The most thread blocks a head with which all heads still run at once; at least 1."""
+    return max((size for size, room in rooms.items() if heads <= room), default=1)

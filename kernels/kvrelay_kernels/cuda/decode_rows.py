@@ -8,12 +8,13 @@ import numpy as np
 
 from kvrelay_kernels.cuda.arena import CudaArena
 from kvrelay_kernels.cuda.batch import DeviceBatch
+from kvrelay_kernels.cuda.clusters import Rooms
 from kvrelay_kernels.cuda.cudnn_attention import CudnnAttention
 from kvrelay_kernels.cuda.cudnn_decode import CudnnDecode
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, Element16
 from kvrelay_kernels.cuda.decode_route import Choice, DecodeRoute, choose_route
-from kvrelay_kernels.cuda.decode_single_pass import SinglePass, largest_cluster
-from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.cuda.decode_single_pass import SinglePass, device_rooms
+from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.cuda.rows import RowKernels
 from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.plans import DeviceClass, PlanCounts, PlanStore
@@ -59,7 +60,7 @@ class DecodeRows:
         self._rows = rows
         self._plans, self._device = plans, device
         self._cudnn: CudnnAttention | None = None
-        self._largest_cluster = largest_cluster(device_arch())
+        self._rooms: Rooms | None = None
         self._route: DecodeRoute | None = route
         self._kept: WeakKeyDictionary[CudaArena, dict[tuple[AttentionSpec, int, Choice], _Attached]] = (
             WeakKeyDictionary()
@@ -95,8 +96,9 @@ class DecodeRows:
 
     def _attached(self, arena: CudaArena, spec: AttentionSpec, count: int, blocks: int) -> "_Attached":
         problem = DecodeProblem(arena.layout, spec, self._element)
-        tokens, processors = blocks * BLOCK_TOKENS, self._device.processors or 0
-        choice = choose_route(problem, count, tokens, processors, self._largest_cluster, forced=self._route)
+        if self._rooms is None:
+            self._rooms = device_rooms(self._kernels)
+        choice = choose_route(problem, count, blocks * BLOCK_TOKENS, self._rooms, forced=self._route)
         capacity = max(SMALLEST_CAPACITY, 1 << (count - 1).bit_length())
         kept = self._kept.setdefault(arena, {})
         key = (spec, capacity, choice)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.clusters import PORTABLE, Rooms, allow_large, find_rooms, largest_cluster
 from kvrelay_kernels.cuda.decode_attention import (
     LOG2_E,
     RESERVED_BYTES,
@@ -16,11 +17,9 @@ from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, tensor_map
 from kvrelay_kernels.errors import FormatUnsupported
 
-PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16
-"""Thread blocks that every GPU with clusters runs together, and those that the classes below do."""
-_LARGE_CLUSTERS = ("sm_90a", "sm_100")
-_NON_PORTABLE_ALLOWED = 14
-"""`CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED` of the driver API."""
+CLUSTERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+"""Thread blocks that may share a head."""
+_PLAN_THREADS = 512
 
 
 class SinglePassLaunch:
@@ -66,13 +65,11 @@ class SinglePass:
         self, problem: DecodeProblem, kernels: KernelCache, cluster: int = 1, shape: LaunchShape | None = None
     ) -> None:
         """Raises FormatUnsupported where the device cannot run it."""
-        from cupy.cuda import driver  # pyright: ignore[reportMissingImports]
-
         self.problem = problem
         shape = shape or launch_shape(problem, shared_memory_limit() - RESERVED_BYTES)
         self._launch = SinglePassLaunch(problem, shape, cluster, device_arch(), kernels)
-        if cluster > PORTABLE_CLUSTER:
-            driver.funcSetAttribute(self._launch.kernel.ptr, _NON_PORTABLE_ALLOWED, 1)
+        if cluster > PORTABLE:
+            allow_large(self._launch.kernel)
         self._arena: Any = None
         self._map: Any = None
 
@@ -96,8 +93,13 @@ def single_pass_key(problem: DecodeProblem, shape: LaunchShape, cluster: int, ar
     return KernelKey.of("decode_single_pass", {**problem.constants(shape), "CLUSTER": cluster}, arch)
 
 
-def largest_cluster(arch: str) -> int:
-    """Most thread blocks that run together on an architecture such as `sm_90a`; 1 where none do."""
-    if arch in _LARGE_CLUSTERS:
-        return LARGEST_CLUSTER
-    return PORTABLE_CLUSTER if int(arch.removeprefix("sm_").rstrip("af")) >= 90 else 1
+def device_rooms(kernels: KernelCache) -> Rooms:
+    """How many clusters of `CLUSTERS` run at once here, each block on its own multiprocessor."""
+    arch, shared = device_arch(), shared_memory_limit()
+    sizes = [size for size in CLUSTERS if size <= largest_cluster(arch)]
+    if not sizes:
+        return {}
+    # Any kernel will do that is there anyway: what is asked for is all of the shared memory.
+    return find_rooms(
+        kernels.load(KernelKey.of("decode_plan", {}, arch), shared), _PLAN_THREADS, shared, sizes
+    )

@@ -4,7 +4,10 @@ import ctypes
 from collections.abc import Callable
 from ctypes import byref, c_int, c_size_t
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from kvrelay_kernels.errors import BackendUnavailable
 
 Version = tuple[int, ...]
 
@@ -62,6 +65,15 @@ def find_driver(load: Callable[[str], Any] = ctypes.CDLL) -> Driver | None:
         library.cuDeviceGetCount(byref(count))
     devices = tuple(_device(library, ordinal) for ordinal in range(count.value))
     return Driver(cuda, _release(load), 0 if fault == _NO_DEVICE else fault, devices)
+
+
+@cache
+def driver_library() -> ctypes.CDLL:
+    """The driver's own interface, for calls that CuPy lacks. Raises BackendUnavailable."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendUnavailable(f"NVIDIA's driver is missing: {error}") from error
 
 
 def dotted(version: Version) -> str:

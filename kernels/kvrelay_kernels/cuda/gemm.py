@@ -1,5 +1,5 @@
-"""Products of activations with weights: own kernels for few rows, otherwise one of cuBLASLt's algorithms,
-measured once and remembered."""
+"""Products of activations with weights: own kernels for rows that are no prompts, otherwise one of cuBLASLt's
+algorithms, measured once and remembered."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
 from kvrelay_kernels.cuda.cublas_lt import Algorithm, CublasLt, Product, ProductShape
 from kvrelay_kernels.cuda.expand_matrix import ExpandMatrix
 from kvrelay_kernels.cuda.few_rows import FewRows
-from kvrelay_kernels.cuda.module import KernelCache
+from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, StreamRows
 from kvrelay_kernels.errors import FormatUnsupported, KernelError
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, TensorKey
 from kvrelay_kernels.quant.formats import Element
@@ -32,8 +33,6 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 16, 16384
 PROOF_ROWS = 128
 """Rows of random numbers on which an algorithm has to give the bits of the first one."""
 KEPT = 1024
-OWN_ROWS = 0
-"""Rows up to which 16-bit weights go by `FewRows` too: none as long as that is not measured."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,14 @@ def row_bucket(rows: int) -> int:
 class Products:
     """`x @ weight.T (+ bias)`, sums in float32, on one stream at a time.
 
-    The bits of a row do not depend on how many rows a product with a 16-bit weight has: no algorithm cuts a
-    sum into parts, and one is taken only if it gives the same bits as all others on random numbers. So a
-    prompt's activations are the same in whichever chunks it is read.
+    There are two kinds of products, which differ in the last bits; the bits of a row depend on its kind, but
+    not on how many there are. Rows of prompts go by cuBLASLt: no algorithm cuts a sum into parts, and one is
+    taken only if it gives the same bits as all others on random numbers. So a prompt's activations are the
+    same in whichever chunks it is read. A matrix of codes is rounded to 16 bits for them, in scratch, which
+    stays as large as the largest matrix that was.
 
-    A matrix of codes has two kinds of products, which differ in the last bits: rows of prompts are multiplied
-    with the matrix rounded to 16 bits, in scratch, which stays as large as the largest matrix that was. All
-    other rows go by `FewRows`. The bits of a row depend on its kind, but not on how many there are.
+    All other rows go by `StreamRows` on Hopper, where the engine can copy the weight's rows, and by `FewRows`
+    if the weight is one of codes; otherwise they are multiplied as those of prompts.
     """
 
     def __init__(
@@ -88,18 +88,15 @@ class Products:
         kernels: KernelCache,
         plans: PlanStore,
         device: DeviceClass,
-        own_rows: int = OWN_ROWS,
     ) -> None:
-        """`own_rows`: 16-bit weights go by `FewRows` too, up to so many rows, at the cost of equal bits.
-
-        Raises:
-            BackendUnavailable: cuBLASLt is missing.
-        """
+        """Raises BackendUnavailable where cuBLASLt is missing."""
         import cupy  # pyright: ignore[reportMissingImports]
 
         self._element: Element = element
-        self._few = FewRows(element, kernels, device.processors or 1)
-        self._own_rows = own_rows
+        processors = device.processors or 1
+        self._few = FewRows(element, kernels, processors)
+        hopper = device_arch() == ARCHITECTURE
+        self._streams = StreamRows(element, kernels, processors, cupy) if hopper else None
         self._expand = ExpandMatrix(element, kernels)
         self._scratch = cupy.empty(0, np.uint16)
         self._device = device
@@ -119,10 +116,14 @@ class Products:
         """Write the product of `x` `[m, k]`, rows of prompts or not, to `out` `[m, n]`: uint16 or float32."""
         import cupy  # pyright: ignore[reportMissingImports]
 
-        if len(x) <= self._own_rows or (linear.coded and not prompts):
-            floats = out.dtype == np.float32
+        floats = out.dtype == np.float32
+        if linear.coded and not prompts:
             self._few.load(linear.weight, floats, self._expected[floats])
             self._few(x, linear.weight, linear.bias, out)
+            return
+        if not prompts and self._streams is not None and self._streams.takes(linear.weight):
+            self._streams.load(floats, self._expected[floats])
+            self._streams(x, linear.weight, linear.bias, out)
             return
         if linear.coded:
             linear = CudaLinear(self._expanded(linear.weight), linear.bias)

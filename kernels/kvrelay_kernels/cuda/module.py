@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from kvrelay_kernels.cuda import nvrtc
 from kvrelay_kernels.cuda.device import architecture
+from kvrelay_kernels.cuda.launch import Kernel, device_overlaps_kernels
 from kvrelay_kernels.errors import KernelError
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, open_plans
 from kvrelay_kernels.plans.encoding import encode
@@ -80,6 +80,11 @@ def _texts_digest(source: str) -> bytes:
     return hashlib.blake2b(texts, digest_size=16).digest()
 
 
+def awaits_producers(source: str) -> bool:
+    """Whether a kernel waits for the kernels ahead itself, in its own file: see `launch`."""
+    return "await_producers();" in _text(source)
+
+
 def compile_kernel(key: KernelKey) -> bytes:
     """The cubin of a key, from the compiler. Raises BackendUnavailable or CompileFailed."""
     return nvrtc.compile_cubin(_text(key.source), _headers(), key.options)
@@ -88,11 +93,12 @@ def compile_kernel(key: KernelKey) -> bytes:
 class KernelCache:
     """Loaded kernels of this process's current device; safe to call from several threads."""
 
-    def __init__(self, plans: PlanStore | Path | None = None) -> None:
-        """`plans` is where cubins are kept: a store, a folder, or nowhere."""
+    def __init__(self, plans: PlanStore | Path | None = None, overlap: bool = True) -> None:
+        """`plans` is where cubins are kept: a store, a folder, or nowhere; `overlap`: see `launch`."""
         store = plans if isinstance(plans, PlanStore) else open_plans(plans)
         self._cubins: PlanCache[bytes] = PlanCache(store, CUBINS)
-        self._loaded: dict[KernelKey, Any] = {}
+        self._overlap = overlap
+        self._loaded: dict[KernelKey, Kernel] = {}
         self._shared: dict[KernelKey, int] = {}
         self._lock = threading.Lock()
 
@@ -105,15 +111,16 @@ class KernelCache:
         """The cubin, from the store or from the compiler. Raises as `compile_kernel`."""
         return self._cubins.get(key.graph_key, lambda: compile_kernel(key), bytes, _machine_code).value
 
-    def load(self, key: KernelKey, shared_bytes: int) -> Any:
-        """The `cupy.cuda.function.Function` of a key, allowed `shared_bytes` of dynamic shared memory."""
+    def load(self, key: KernelKey, shared_bytes: int) -> Kernel:
+        """The kernel of a key, allowed `shared_bytes` of dynamic shared memory."""
         from cupy.cuda import driver, function  # pyright: ignore[reportMissingImports]
 
         with self._lock:
             if key not in self._loaded:
                 module = function.Module()
                 module.load(self.cubin(key))
-                self._loaded[key] = module.get_function(key.source)
+                overlaps = self._overlap and awaits_producers(key.source) and device_overlaps_kernels()
+                self._loaded[key] = Kernel(module.get_function(key.source), overlaps)
             kernel = self._loaded[key]
             self._shared[key] = shared_bytes = max(shared_bytes, self._shared.get(key, 0))
             driver.funcSetAttribute(

@@ -155,8 +155,8 @@ class PrefillAttention:
     def _sparse_kernel(self, spec: AttentionSpec, route: Route) -> BlockSparse | BlockSparseMma:
         problem = SparseProblem(spec.heads, spec.kv_heads, spec.head_dim, self._element)
         if problem not in self._sparse:
-            kind = BlockSparse if route == "sparse" else BlockSparseMma.here
-            self._sparse[problem] = kind(problem, self._kernels)
+            kind = BlockSparse if route == "sparse" else BlockSparseMma
+            self._sparse[problem] = kind.here(problem, self._kernels)
         return self._sparse[problem]
 
     def _through_cudnn(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.arena import CudaArena
-from kvrelay_kernels.cuda.batch import ALIGNMENT, DeviceBatch, Singles, slots_of
+from kvrelay_kernels.cuda.batch import DeviceBatch, Singles, room, slots_of
 from kvrelay_kernels.cuda.gemm import CudaLinear
 from kvrelay_kernels.interface import AttentionSpec, Logits, RopeTable, Step, StepBatch
 
@@ -96,12 +96,11 @@ class Take:
         import cupy  # pyright: ignore[reportMissingImports]
 
         self._backend = backend
-        items = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
-        self._memory = cupy.empty(items, np.int32)
-        ids, positions, slots, starts, lengths, tables, *more = self._send(arrays)
+        self._memory = cupy.empty(sum(map(room, arrays)), np.int32)
+        there = backend.uploads.send(arrays, self._memory)
+        ids, positions, slots, starts, lengths, tables, *more = there
         singles = Singles(None, lengths, tables, batch.sequences)
-        there = DeviceBatch(batch, positions, slots, starts, lengths, tables, singles)
-        taker = stand_in(there, ids, *more)
+        taker = stand_in(DeviceBatch(batch, positions, slots, starts, lengths, tables, singles), ids, *more)
         step(taker, batch)
         # What a graph works in is given to other graphs alone: they write before they read.
         with cupy.cuda.using_allocator(backend.recorded.malloc):
@@ -123,11 +122,8 @@ class Take:
 
     def launch(self, arrays: Sequence[NDArray[np.int32]]) -> None:
         """Upload a step's arrays and launch, without waiting; `result` is what the step gave once."""
-        self._send(arrays)
+        self._backend.uploads.fill(self._memory, arrays)
         self._graph.launch(self._backend.stream)
-
-    def _send(self, arrays: Sequence[NDArray[np.int32]]) -> Sequence[Any]:
-        return self._backend.uploads.send(arrays, self._memory)
 
 
 class StandIn:

@@ -1,12 +1,13 @@
-"""What the bulk copy engine has to know of an arena, from the driver through ctypes."""
+"""What the bulk copy engine has to know of an arena or a matrix, from the driver through ctypes."""
 
 import ctypes
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from kvrelay_kernels.errors import BackendUnavailable, KernelError
+from kvrelay_kernels.cuda.driver import driver_library
+from kvrelay_kernels.errors import KernelError
 
 ROW_BYTES = 128
 """An arena is a matrix of such rows; each box has as many as a tile of codes fills."""
@@ -14,16 +15,10 @@ ROW_BYTES = 128
 OLDEST_CAPABILITY = 90
 """Compute capability times ten. Earlier classes have no bulk copy engine; kernels use `cp.async` there."""
 MAP_BYTES = 128
+MATRICES = 4096
+"""Whose maps are kept."""
 
 _UINT8, _UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _ZERO_FILL = 0, 1, 0, 3, 3, 0
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendUnavailable(f"NVIDIA's driver is missing: {error}") from error
 
 
 def tensor_map(address: int, nbytes: int, box_rows: int) -> Any:
@@ -53,21 +48,49 @@ def block_map(address: int, blocks: int, block_bytes: int, shape: tuple[int, int
     return _encode(_UINT16, address, (head_dim, tokens, kv_heads, blocks), strides, box)
 
 
+def matrix_map(matrix: Any, box_rows: int) -> np.void:
+    """A tensor map, itself a kernel's parameter, of a matrix in boxes of `box_rows` rows by 64 columns.
+
+    Args:
+        matrix: `[rows, columns]` of 16 bits on the device; columns are a multiple of 8. Outside of it, boxes
+            are zeros.
+        box_rows: at most 256, and may be more than there are.
+
+    Raises:
+        KernelError: the driver refused; the message holds its code.
+    """
+    rows, columns = matrix.shape
+    return _matrix_map(matrix.data.ptr, rows, columns, box_rows)
+
+
+@lru_cache(MATRICES)
+def _matrix_map(address: int, rows: int, columns: int, box_rows: int) -> np.void:
+    box = (ROW_BYTES // 2, box_rows)
+    return np.void(_describe(_UINT16, address, (columns, rows), (2 * columns,), box))
+
+
 def _encode(
     kind: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> Any:
-    """Have the driver describe an array; zeros where there is no copy engine, and no kernel that reads this.
-
-    Source: CUDA driver API, tensor map object management.
-    """
+    """A map on the device; zeros where there is no copy engine, and no kernel that reads this."""
     import cupy  # pyright: ignore[reportMissingImports]
 
     if int(cupy.cuda.Device().compute_capability) < OLDEST_CAPABILITY:
         return cupy.zeros(MAP_BYTES, np.uint8)
+    return cupy.asarray(np.frombuffer(_describe(kind, address, sizes, strides, box), np.uint8))
+
+
+def _describe(
+    kind: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> bytes:
+    """Have the driver describe an array.
+
+    Source: CUDA driver API, tensor map object management.
+    """
     space = (ctypes.c_uint8 * 192)()
     place = -(-ctypes.addressof(space) // 64) * 64  # the driver wants 64-byte alignment
     rank = len(sizes)
-    code = _driver().cuTensorMapEncodeTiled(
+    code = driver_library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(place),
         ctypes.c_int(kind),
         ctypes.c_uint32(rank),
@@ -83,4 +106,4 @@ def _encode(
     )
     if code:
         raise KernelError(f"cuTensorMapEncodeTiled failed with {code} for {sizes} at {address:#x}")
-    return cupy.asarray(np.frombuffer(ctypes.string_at(place, MAP_BYTES), np.uint8))
+    return ctypes.string_at(place, MAP_BYTES)

@@ -7,6 +7,7 @@
 #include <csetjmp>
 #include <cstring>
 #include <memory>
+#include <set>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -44,6 +45,7 @@ static int current;
 static jmp_buf home;
 static const char* fault;
 static void (*body)();
+static std::set<std::pair<int, int>> awaiting_blocks;  // thread blocks that have come to `await_producers`
 
 [[noreturn]] static void stop(const char* message) {
     fault = message;

@@ -15,6 +15,7 @@ using std::min;
 
 #define DEVICE inline
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __noinline__
 #define __shared__ static
@@ -28,6 +29,7 @@ struct int2 { int x, y; };
 struct __align__(16) int4 { int x, y, z, w; };
 struct float2 { float x, y; };
 struct __align__(16) float4 { float x, y, z, w; };
+struct TensorMap { u64 words[16]; };
 constexpr u32 every_lane = 0xffffffffu;
 
 #include "fibers.h"
@@ -43,6 +45,10 @@ static T __ldg(const T* from) {
 }
 static float4 load_fresh(const float4* from) { return __ldg(from); }
 static float2 load_fresh(const float2* from) { return __ldg(from); }
+static int load_fresh(const int* from) { return __ldg(from); }
+static u32 load_fresh(const u32* from) { return __ldg(from); }
+static uint2 load_fresh(const uint2* from) { return __ldg(from); }
+static uint4 load_fresh(const uint4* from) { return __ldg(from); }
 static uint4 load_once(const uint4* from) { return __ldg(from); }
 static uint2 load_once(const uint2* from) { return __ldg(from); }
 static u32 arrive(u32* counter, u32 limit) {
@@ -50,6 +56,11 @@ static u32 arrive(u32* counter, u32 limit) {
     *counter = old >= limit ? 0 : old + 1;
     return old;
 }
+
+// Launches run one behind the other; that no thread block forgets the wait is checked when all have run.
+static void await_producers() { host::awaiting_blocks.insert({blockIdx.x, blockIdx.y}); }
+static void release_dependents() {}
+static void prefetch_line(const void*) {}
 
 static float infinity() { return INFINITY; }
 static float __int_as_float(int x) { return read_as<float>(&x); }

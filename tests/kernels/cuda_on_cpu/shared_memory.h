@@ -21,13 +21,13 @@ static u8* at_shared(u32 address, int bytes, u32 unit) {
     return shared + address;
 }
 
-// 16 bytes on their way, or fewer with zeros behind them.
+// `size` bytes on their way, or fewer with zeros behind them.
 struct Copy {
     u8* to;
     const u8* from;
-    int valid;
+    int valid, size = 16;
 
-    void land() const { std::memcpy(to, from, valid), std::memset(to + valid, 0, 16 - valid); }
+    void land() const { std::memcpy(to, from, valid), std::memset(to + valid, 0, size - valid); }
 };
 // A thread's copies in the groups that it has closed, and those of the group that is open.
 using Groups = std::vector<std::vector<Copy>>;
@@ -70,6 +70,12 @@ static BulkBarrier& bulk_barrier(u32 address) {
 struct BoxMap {
     const u8* bytes;
     u64 size, box_rows;
+};
+
+// In place of a tensor map that is a parameter: a contiguous matrix of 16-bit elements, and how many rows a box has.
+struct MatrixMap {
+    const u8* bytes;
+    u64 rows, columns, box_rows;
 };
 
 static void begin_shared(int threads) {
@@ -142,6 +148,19 @@ static void copy_box(u32 to, const void* given, int row, u32 barrier) {
         const u64 at = u64(row) * 128 + n;
         u8* there = host::at_shared(swizzled(to + n), 16, 16);  // the engine swizzles by the address, not by the offset
         host::bulk_barrier(barrier).bring(at < map.size ? host::Copy{there, map.bytes + at, 16} : host::Copy{there, zeros, 16});
+    }
+}
+// A box of 64 columns of a matrix of 16-bit elements; outside of it are zeros.
+static void copy_box(u32 to, const void* given, int column, int row, u32 barrier) {
+    static const u8 zeros[16] = {};
+    const auto& map = *static_cast<const host::MatrixMap*>(given);
+    if (to % 1024) host::stop("a box begins at a misaligned address");
+    for (u32 n = 0; n < map.box_rows * 8; n++) {
+        const u64 at_row = row + n / 8, at_column = column + n % 8 * 8;
+        u8* there = host::at_shared(swizzled(to + n * 16), 16, 16);
+        const bool inside = at_row < map.rows && at_column < map.columns;
+        const u8* from = inside ? map.bytes + 2 * (at_row * map.columns + at_column) : zeros;
+        host::bulk_barrier(barrier).bring({there, from, 16});
     }
 }
 static void copy_bytes(u32 to, const u8* from, int bytes, u32 barrier) {

@@ -50,8 +50,7 @@ DEVICE void clear_tail(u32 values, int valid, int group) {
     for (int n = threadIdx.x % group_threads; n < (step - valid) * 8; n += group_threads) {
 #pragma unroll
         for (int p = 0; p < panels; p++)
-            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(values + p * key_panel + valid * 128 + n * 16), "r"(0)
-                         : "memory");
+            store_shared4(values + p * key_panel + valid * 128 + n * 16, 0, 0, 0, 0);
     }
     order_before_bulk();
     meet(group_barrier + group, group_threads);

@@ -6,6 +6,8 @@ constexpr int source = SOURCE;
 
 // scales, biases: float32, one a `group` of items; only for codes. `items` is a multiple of 4.
 extern "C" __global__ void convert(const void* from, const float* scales, const float* biases, int group, long long items, u16* out) {
+    release_dependents();
+    await_producers();
     const u64 n = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (n >= items) return;
     float x[4];

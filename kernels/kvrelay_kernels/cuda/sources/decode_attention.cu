@@ -88,10 +88,11 @@ DEVICE void conclude(const Arguments& a, const Work& s, const Meeting& at) {
     __syncthreads();  // before the next piece's peaks
 }
 
+// plan_ahead: whether the plan was made since the last launch that read it, maybe by the kernel ahead.
 extern "C" __global__ void __launch_bounds__(warps * 32, BLOCKS_PER_SM)
 decode_attention(const u16* q, const void* map, const u8* cache, int cache_row, const int* tables, const Header* plan, u16* out, float* partials,
                  float2* stats, u32* arrivals, int table_stride, int sequences, float scale_log2,
-                 int window) {
+                 int window, int plan_ahead) {
     const Arguments a{q,     map,      cache,        cache_row,  tables, plan, out, partials,
                       stats, arrivals, table_stride, int(gridDim.x), coded ? scale_log2 * code_units : scale_log2, window};
     if (threadIdx.x == 0) prefetch_map(map);
@@ -99,40 +100,41 @@ decode_attention(const u16* q, const void* map, const u8* cache, int cache_row, 
     const Meeting at{reinterpret_cast<float*>(memory + area_at), reinterpret_cast<float*>(memory + peaks_at),
                      reinterpret_cast<float*>(memory + sums_at)};
 
+    if (plan_ahead) await_producers();
     Piece piece = load_piece(plan, blockIdx.x);
-    const int empty = __ldg(&plan->empty);
+    const int empty = load_fresh(&plan->empty);
+    // A range may begin with nothing but the cost of beginning its next head.
+    if (piece.blocks == 0 && piece.next >= 0) piece = load_piece(plan, piece.next);
+    Work work(piece);
+    Feed feed(shared_address(memory), warp);
+    const bool early = Feed::begins_old(work, warp);
+    if (early) feed.begin(a, work, warp);
+    await_producers();
+    release_dependents();  // only now: kernels behind may read the plan before their wait
     for (int i = blockIdx.x; i < empty; i += blocks) {  // a slot without tokens answers zeros
         constexpr int words = rows * kv_heads * heads_per_kv * head_dim / 2;
         const int* list = reinterpret_cast<const int*>(plan + 1) + 8 * (blocks + sequences * kv_heads * query_tiles);
         for (int n = threadIdx.x; n < words; n += warps * 32)
-            reinterpret_cast<u32*>(out)[(u64)list[i] * words + n] = 0;
+            reinterpret_cast<u32*>(out)[(u64)load_fresh(list + i) * words + n] = 0;
     }
-    // A range may begin with nothing but the cost of beginning its next head.
-    if (piece.blocks == 0 && piece.next >= 0) piece = load_piece(plan, piece.next);
     if (piece.blocks == 0) return;
 
-    Feed feed(shared_address(memory), warp);
     Softmax softmax;
-    Work work(piece);
     softmax.fetch(a, work);
-    feed.begin(a, work, warp);
+    if (!early) feed.begin(a, work, warp);
     softmax.prepare();
     while (true) {
         softmax.reset();
-        const bool more = work.piece.next >= 0;
-        Piece later;
-        if (more) later = load_piece(plan, work.piece.next);
         for (int n = warp; n < work.tiles; n += warps) {
             const int key0 = work.piece.first_block * block_tokens + n * tile;
             feed.wait(work.piece.length - key0);
-            feed.advance(a, work);
             softmax.attend(a, work, feed.stage(), feed.stage_scales(), key0);
-            feed.release();
+            feed.release(a, work);
         }
-        __syncwarp();
         const Work done = work;
+        const bool more = work.piece.next >= 0;
         if (more) {
-            work = Work(later);
+            work = Work(load_piece(plan, work.piece.next));
             feed.begin(a, work, warp);
         }
         softmax.meet(at.area, at.peaks, at.sums);

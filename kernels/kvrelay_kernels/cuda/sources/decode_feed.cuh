@@ -32,12 +32,14 @@ struct Work {
     }
 };
 
-// Asynchronous copies of this warp's tiles, `stages - 1` ahead of their use.
+// Asynchronous copies of this warp's tiles: as soon as a stage is read, the next tile is on its way there.
 struct Feed {
     u32 ring, wide, scales, barriers;  // shared addresses
     u32 phases;                  // a bit a stage: which phase of its barrier comes next
     int fill, drain;             // stages
-    int next, block;             // the tile to fetch next, and where it lies in the arena
+    int next;                    // the tile to fetch next
+    int base;                    // a lane holds where blocks `base + lane` and `base + 32 + lane` of the piece lie
+    int here, beyond;
 
     DEVICE Feed(u32 memory, int warp)
         : ring(memory + warp * ring_bytes),
@@ -51,12 +53,18 @@ struct Feed {
         __syncwarp();
     }
 
-    DEVICE void look_up(const Arguments& a, const Work& s) {
-        if (next < s.tiles)
-            block = __ldg(a.tables + (u64)s.piece.sequence * a.table_stride + s.piece.first_block + u32(next) / tiles_per_block);
+    // A warp never goes on by more than 16 blocks at once: what it looks up has been there for long.
+    DEVICE static int look_up(const Arguments& a, const Work& s, int first) {
+        const int index = first + int(threadIdx.x & 31);
+        if (index >= s.piece.blocks) return 0;
+        return load_fresh(a.tables + (u64)s.piece.sequence * a.table_stride + s.piece.first_block + index);
+    }
+    DEVICE int block_of(const Arguments& a, const Work& s, int index) {
+        if (index >= base + 32) base += 32, here = beyond, beyond = look_up(a, s, base + 32);
+        return __shfl_sync(every_lane, here, index - base);
     }
 
-    DEVICE void fetch(const Arguments& a, const Work& s, int token, int valid) const {
+    DEVICE void fetch(const Arguments& a, const Work& s, int block, int token, int valid) const {
         const int lane = threadIdx.x & 31, row = s.head * block_tokens + token;
         const u32 to = ring + fill * stage_bytes;
         const u8* from = a.cache + (u64)u32(block) * block_bytes;
@@ -99,25 +107,30 @@ struct Feed {
 
     DEVICE void advance(const Arguments& a, const Work& s) {
         if (next < s.tiles) {
-            const int token = u32(next) % tiles_per_block * tile;
-            fetch(a, s, token, s.piece.length - (s.piece.first_block * block_tokens + next * tile));
+            const int block = block_of(a, s, u32(next) / tiles_per_block), token = u32(next) % tiles_per_block * tile;
+            fetch(a, s, block, token, s.piece.length - (s.piece.first_block * block_tokens + next * tile));
             next += warps;
-            look_up(a, s);
         }
         close_copies();
         fill = fill + 1 == stages ? 0 : fill + 1;
     }
 
+    // Whether none of the tiles that `begin` asks for holds a token of this step, which a kernel ahead may yet write.
+    DEVICE static bool begins_old(const Work& s, int warp) {
+        const int last = min(warp + (stages - 1) * warps, s.tiles - 1);
+        return s.piece.first_block * block_tokens + (last + 1) * tile <= s.piece.length - rows;
+    }
+
     DEVICE void begin(const Arguments& a, const Work& s, int warp) {
         fill = drain = 0;
-        next = warp;
-        look_up(a, s);
-        for (int i = 0; i < stages - 1; i++) advance(a, s);
+        next = warp, base = 0;
+        here = look_up(a, s, 0), beyond = look_up(a, s, 32);
+        for (int i = 0; i < stages; i++) advance(a, s);
     }
 
     // Until the stage to drain is there; `valid` of its tokens exist.
     DEVICE void wait(int valid) {
-        wait_copies<stages - 2>();
+        wait_copies<stages - 1>();
         if constexpr (engine) wait_barrier(barriers + 8 * drain, phases >> drain & 1);
         phases ^= 1u << drain;
         __syncwarp();
@@ -150,5 +163,10 @@ struct Feed {
 
     DEVICE u32 stage() const { return widened ? wide : ring + drain * stage_bytes; }
     DEVICE u32 stage_scales() const { return scales + drain * scale_frames * scale_bytes; }
-    DEVICE void release() { drain = drain + 1 == stages ? 0 : drain + 1; }
+    // The stage is read, and filled anew.
+    DEVICE void release(const Arguments& a, const Work& s) {
+        drain = drain + 1 == stages ? 0 : drain + 1;
+        __syncwarp();
+        advance(a, s);
+    }
 };

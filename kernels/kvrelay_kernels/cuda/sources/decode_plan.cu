@@ -8,6 +8,8 @@ constexpr int threads = 512;
 // heads: kv heads * query tiles. begin_cost: what beginning a head costs, in units.
 extern "C" __global__ void __launch_bounds__(threads)
 decode_plan(const int* lengths, int sequences, int rows, int window, int heads, int ranges, int begin_cost, Header* plan) {
+    release_dependents();
+    await_producers();
     extern __shared__ int firsts[];  // cost before each sequence, and of all
     Piece* pieces = reinterpret_cast<Piece*>(plan + 1);
     int* empty = reinterpret_cast<int*>(pieces + ranges + sequences * heads);

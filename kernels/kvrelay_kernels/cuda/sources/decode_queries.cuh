@@ -29,13 +29,13 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < steps; i++) {
                 if constexpr (width == 16) {
-                    q[i][m] = __ldg(from + 8 * i + t);
-                    q[i][query_halves + m] = __ldg(from + 8 * i + 4 + t);
+                    q[i][m] = load_fresh(from + 8 * i + t);
+                    q[i][query_halves + m] = load_fresh(from + 8 * i + 4 + t);
                 } else if constexpr (width == 8) {
-                    const uint2 w = __ldg(reinterpret_cast<const uint2*>(from) + 4 * i + t);
+                    const uint2 w = load_fresh(reinterpret_cast<const uint2*>(from) + 4 * i + t);
                     q[i][m] = w.x, q[i][query_halves + m] = w.y;
                 } else if (i % 2 == 0) {
-                    const uint4 w = __ldg(reinterpret_cast<const uint4*>(from) + 2 * i + t);
+                    const uint4 w = load_fresh(reinterpret_cast<const uint4*>(from) + 2 * i + t);
                     q[i][m] = w.x, q[i][query_halves + m] = w.y, q[i + 1][m] = w.z, q[i + 1][query_halves + m] = w.w;
                 }
             }

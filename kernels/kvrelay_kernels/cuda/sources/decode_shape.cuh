@@ -58,6 +58,7 @@ constexpr int area_at = barriers_at + (warps * stages * 8 + 15) / 16 * 16;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
 constexpr int flag_at = sums_at + warps * query_tile * 4;
+static_assert(warps <= 16 * tiles_per_block);  // see Feed::block_of
 static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && tile * fetched_row_bytes % 16 == 0);
 
 // Boxes are rows of 128 bytes of the arena; what lies otherwise is copied by threads.

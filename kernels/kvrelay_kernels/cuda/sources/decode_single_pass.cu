@@ -49,7 +49,7 @@ DEVICE void add_blocks(const Meeting& at, F f) {
         }
         f(query, d, x, sum);
     }
-    meet_cluster();  // nobody leaves while others read its memory
+    part_cluster();  // nobody leaves while others read its memory
 }
 
 // Grid: kv heads * query tiles * cluster, sequences. lengths: [sequences], 0 for a slot without tokens.
@@ -58,31 +58,33 @@ decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row
                    u16* out, int table_stride, float scale_log2, int window) {
     const Arguments a{q,       map,     cache,        cache_row, tables, nullptr, out, nullptr,
                       nullptr, nullptr, table_stride, 0,         coded ? scale_log2 * code_units : scale_log2, window};
+    release_dependents();
     if (threadIdx.x == 0) prefetch_map(map);
     const int warp = threadIdx.x / 32, sequence = blockIdx.y, rank = blockIdx.x % cluster;
     const Meeting at{reinterpret_cast<float*>(memory + area_at), reinterpret_cast<float*>(memory + peaks_at),
                      reinterpret_cast<float*>(memory + sums_at)};
 
-    const int length = __ldg(lengths + sequence);
+    const int length = load_fresh(lengths + sequence);
     const Range seen = visible_blocks(length, rows, window, block_tokens);
     const int count = seen.end - seen.begin, first = seen.begin + count * rank / cluster;
     const int blocks = seen.begin + count * (rank + 1) / cluster - first;
     const Work work(Piece{sequence, int(blockIdx.x) / cluster, length, first, blocks, 0, 1, -1});
 
     Feed feed(shared_address(memory), warp);
+    const bool early = Feed::begins_old(work, warp);
+    if (early) feed.begin(a, work, warp);
+    await_producers();
     Softmax softmax;
     softmax.fetch(a, work);
-    feed.begin(a, work, warp);
+    if (!early) feed.begin(a, work, warp);
     softmax.prepare();
     softmax.reset();
     for (int n = warp; n < work.tiles; n += warps) {
         const int key0 = first * block_tokens + n * tile;
         feed.wait(length - key0);
-        feed.advance(a, work);
         softmax.attend(a, work, feed.stage(), feed.stage_scales(), key0);
-        feed.release();
+        feed.release(a, work);
     }
-    __syncwarp();
     softmax.meet(at.area, at.peaks, at.sums);
     const auto finish = [&](int query, int d, float2 x, float sum) {
         write_pair(a, work, query, d, sum == 0 ? float2{0, 0} : float2{x.x / sum, x.y / sum});

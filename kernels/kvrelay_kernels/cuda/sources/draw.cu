@@ -90,24 +90,23 @@ struct Row {
     Weights weights;
 
     // Calls f(order, bin, weight) for each token that may be drawn, or for those of one bin. Few do: the others are
-    // told apart eight at a time, and by their bins alone.
+    // told apart sixteen at a time, and by their places alone.
     template <class F>
     DEVICE void each(int only_bin, F f) const {
-        constexpr int depth = 8;
+        constexpr int depth = 16;
+        const float low = max(only_bin, 0), high = only_bin < 0 ? bins : only_bin + 1;
         for (int from = threadIdx.x; from < vocabulary; from += depth * threads) {
             u32 wanted = 0;
 #pragma unroll
             for (int i = 0; i < depth; i++) {
-                const int token = from + i * threads;
-                const float x = __ldg(logits + min(token, vocabulary - 1));
-                const int bin = weights.bin(x);
-                const bool here = only_bin < 0 ? bin < bins : bin == only_bin;
-                wanted |= u32(here && token < vocabulary && rank_of(x) >= weights.lowest_rank) << i;
+                const float x = from + i * threads < vocabulary ? logits[from + i * threads] : -infinity();
+                const float place = weights.place(x);
+                wanted |= u32(place >= low && place < high) << i;
             }
 #pragma unroll 1
             for (; wanted; wanted &= wanted - 1) {
                 const int token = from + (__ffs(wanted) - 1) * threads;
-                const float x = __ldg(logits + token);
+                const float x = logits[token];
                 if (const u64 weight = weights.of(x)) f(order_of(x, token), weights.bin(x), weight);
             }
         }
@@ -203,6 +202,8 @@ DEVICE u64 sampled(Row row, const Draw& draw) {
 extern "C" __global__ void __launch_bounds__(threads)
 draw(const float* logits, const int* places, const int* lengths, const Draw* draws, int vocabulary, int stride,
      int pieces, const u64* firsts, const u64* masses, const u32* counts, u32* seen, int* newest, int* tokens) {
+    release_dependents();
+    await_producers();
     const int row = blockIdx.x, place = places[row];
     if (place < 0) return;
     const Draw& draw = draws[place];

@@ -53,7 +53,7 @@ DEVICE void each_token(const float* logits, int begin, int end, F f) {
     for (int from = begin + threadIdx.x; from < end; from += depth * threads) {
         float x[depth];
 #pragma unroll
-        for (int i = 0; i < depth; i++) x[i] = __ldg(logits + min(from + i * threads, end - 1));
+        for (int i = 0; i < depth; i++) x[i] = logits[min(from + i * threads, end - 1)];
 #pragma unroll
         for (int i = 0; i < depth; i++)
             if (from + i * threads < end) f(from + i * threads, x[i]);
@@ -70,8 +70,10 @@ struct Weights {
         : peak(logit_of(first)), inverse_temperature(1 / draw.temperature), min_p(draw.min_p),
           bins_per_logit(float(bins / (span * draw.temperature))), lowest_rank(0) {}
 
-    // The bin of a logit, the likeliest's first; never one before that of a larger logit. From `bins` on: never drawn.
-    DEVICE int bin(float x) const { return int(min(float(bins), (peak - x) * bins_per_logit)); }
+    // How far a logit lies behind the likeliest, in bins; never less than a larger logit.
+    DEVICE float place(float x) const { return (peak - x) * bins_per_logit; }
+    // The bin of a logit, the likeliest's first. From `bins` on: never drawn.
+    DEVICE int bin(float x) const { return int(min(float(bins), place(x))); }
     // 0: never drawn.
     DEVICE u64 of(float x) const {
         if (rank_of(x) < lowest_rank) return 0;

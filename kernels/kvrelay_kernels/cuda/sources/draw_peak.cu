@@ -17,6 +17,8 @@ extern "C" __global__ void __launch_bounds__(threads)
 draw_peak(float* logits, const int* places, const int* lengths, const Draw* draws, const u32* seen, int vocabulary,
           int stride, int piece, u64* firsts, u64* masses, u32* counts) {
     __shared__ u64 shared[threads / 32];
+    release_dependents();
+    await_producers();
     const int row = blockIdx.y, place = places[row];
     if (place < 0) return;
     const u64 bin_row = u64(row) * bins;
@@ -31,7 +33,7 @@ draw_peak(float* logits, const int* places, const int* lengths, const Draw* draw
     each_token(x, begin, end, [&](int token, float value) {
         // What is infinite or no number has all bits of its exponent.
         const bool finite = (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
-        if (counted) x[token] = value = adjusted(value, __ldg(words + token), draw, may_end);
+        if (counted) x[token] = value = adjusted(value, words[token], draw, may_end);
         first = max(first, finite ? order_of(value, token) : broken);
     });
 #pragma unroll

@@ -4,6 +4,8 @@
 
 // table: 16-bit elements row by row, or codes; factors: only of codes.
 extern "C" __global__ void embed(const u8* table, const Factors* factors, const int* ids, float scale, int width, float* out) {
+    release_dependents();
+    await_producers();
     const int row = ids[blockIdx.x];
     float* to = out + (u64)blockIdx.x * width;
     for (int n = 4 * threadIdx.x; n < width; n += 4 * blockDim.x) {

@@ -12,6 +12,8 @@ DEVICE float activate(float x) {
 }
 
 extern "C" __global__ void gate(const u16* gate_up, int width, u16* out) {
+    release_dependents();
+    await_producers();
     const int n = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (n >= width) return;
     const u16* from = gate_up + 2 * (u64)blockIdx.y * width + n;

@@ -24,6 +24,9 @@ DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// How the bulk copy engine sees an array, as a parameter of a kernel.
+struct __align__(64) TensorMap { u64 words[16]; };
+
 // The bulk copy engine (from compute capability 9.0 on): boxes of 128-byte rows, counted in bytes by a barrier.
 #if __CUDA_ARCH__ >= 900
 constexpr bool has_bulk_copies = true;
@@ -39,6 +42,13 @@ DEVICE void copy_box(u32 to, const void* map, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
         "l"(map), "r"(0), "r"(row), "r"(barrier)
+        : "memory");
+}
+// A box of 64 columns of a matrix of 16-bit elements; outside of it are zeros.
+DEVICE void copy_box(u32 to, const void* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
         : "memory");
 }
 // Bytes as they lie, a multiple of 16 from and to multiples of 16.
@@ -214,7 +224,7 @@ DEVICE u32 arrive(u32* counter, u32 limit) {
     return old;
 }
 
-// Reads of what other blocks of the same launch wrote: past the first-level cache.
+// Reads of what others wrote during this launch, or shortly before: past the first-level cache.
 DEVICE float4 load_fresh(const float4* p) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
@@ -223,6 +233,27 @@ DEVICE float4 load_fresh(const float4* p) {
 DEVICE float2 load_fresh(const float2* p) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+DEVICE int load_fresh(const int* p) {
+    int v;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE u32 load_fresh(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint2 load_fresh(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint4 load_fresh(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
 
@@ -263,6 +294,10 @@ DEVICE u32 cluster_rank() {
 DEVICE void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same without the memory: nobody goes on before all have come, and what was read before is read.
+DEVICE void part_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
 // What lies at `p` of the own shared memory, in that of the cluster's thread block `rank`.
 DEVICE float2 load_remote(const float2* p, u32 rank) {
     u32 there;
@@ -274,8 +309,23 @@ DEVICE float2 load_remote(const float2* p, u32 rank) {
 #else
 DEVICE u32 cluster_rank() { return 0; }
 DEVICE void meet_cluster() {}
+DEVICE void part_cluster() {}
 DEVICE float2 load_remote(const float2* p, u32) { return *p; }
 #endif
+
+// Programmatic dependent launch (from compute capability 9.0 on); cuda/launch.py has the rules.
+#if __CUDA_ARCH__ >= 900
+// Until all kernels ahead have ended, and what they wrote is visible.
+DEVICE void await_producers() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the next kernel in, once all thread blocks of this one have come here.
+DEVICE void release_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEVICE void await_producers() {}
+DEVICE void release_dependents() {}
+#endif
+// Has the 128 bytes around `p` brought into the second-level cache: ahead of the wait, for a load behind it, which the
+// compiler would put there anyway.
+DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Reads of what no thread block reads again: past the first-level cache, which has better things to keep.
 DEVICE uint4 load_once(const uint4* p) {

@@ -6,17 +6,24 @@
 constexpr int width = WIDTH, threads = THREADS;
 constexpr bool residual = RESIDUAL;  // x is float32
 constexpr bool add = ADD;            // y is added; only to a residual
+constexpr int few_rows = 256;
 constexpr int vectors = (width / 4 + threads - 1) / threads;
 
 extern "C" __global__ void __launch_bounds__(threads)
 rms_norm(const void* x, const u16* y, const float* weight, float eps, float* sum, u16* out) {
     __shared__ float squares[threads / 32];
+    release_dependents();
+    // Of many rows the first ones bring the weight.
+    if (gridDim.x <= few_rows && 32 * threadIdx.x < width) prefetch_line(weight + 32 * threadIdx.x);
+    await_producers();
     const u64 row = (u64)blockIdx.x * width;
     float v[vectors][4];
+    float4 w[vectors];
 #pragma unroll
     for (int i = 0; i < vectors; i++) {
         const int n = 4 * (i * threads + threadIdx.x);
         if (n >= width) continue;
+        w[i] = __ldg(reinterpret_cast<const float4*>(weight + n));
         if constexpr (residual) {
             const float4 a = *reinterpret_cast<const float4*>(static_cast<const float*>(x) + row + n);
             v[i][0] = a.x, v[i][1] = a.y, v[i][2] = a.z, v[i][3] = a.w;
@@ -51,9 +58,8 @@ rms_norm(const void* x, const u16* y, const float* weight, float eps, float* sum
     for (int i = 0; i < vectors; i++) {
         const int n = 4 * (i * threads + threadIdx.x);
         if (n >= width) continue;
-        const float4 w = __ldg(reinterpret_cast<const float4*>(weight + n));
-        const float scaled[4] = {v[i][0] * factor * w.x, v[i][1] * factor * w.y, v[i][2] * factor * w.z,
-                                 v[i][3] * factor * w.w};
+        const float scaled[4] = {v[i][0] * factor * w[i].x, v[i][1] * factor * w[i].y, v[i][2] * factor * w[i].z,
+                                 v[i][3] * factor * w[i].w};
         *reinterpret_cast<uint2*>(out + row + n) = narrow(scaled);
     }
 }

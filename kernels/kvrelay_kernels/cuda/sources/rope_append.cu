@@ -46,7 +46,12 @@ rope_append(const u16* qkv, const int* positions, const int* slots, const float*
             const float* q_norm, const float* k_norm, float eps, u8* cache, u16* q) {
     const int row = blockIdx.y, lane = threadIdx.x % lanes, d = 8 * lane;
     const bool inside = lane < used_lanes, turned = inside && d < 2 * half_turned, first_half = d < half_turned;
-    const int slot = __ldg(slots + row);
+    release_dependents();
+    const int slot = load_fresh(slots + row), position = load_fresh(positions + row);
+    const u64 angles = (u64)position * half_turned + (first_half ? d : d - half_turned);
+    if constexpr (passes == 1)  // few rows
+        if (turned && threadIdx.x < lanes) prefetch_line(cos + angles), prefetch_line(sin + angles);
+    await_producers();
     if (slot < 0) return;  // a row that is nobody's
     u8* const block = cache + (u64)(slot / block_tokens) * block_bytes;
     const int partner = first_half ? half_turned / 8 : -half_turned / 8;  // lanes from here
@@ -62,9 +67,8 @@ rope_append(const u16* qkv, const int* positions, const int* slots, const float*
     }
     float c[8], s[8];
     if (turned) {
-        const u64 at = (u64)__ldg(positions + row) * half_turned + (first_half ? d : d - half_turned);
-        load_floats(c, cos + at);
-        load_floats(s, sin + at);
+        load_floats(c, cos + angles);
+        load_floats(s, sin + angles);
     }
 #pragma unroll
     for (int i = 0; i < passes; i++) {

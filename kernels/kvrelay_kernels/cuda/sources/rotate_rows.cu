@@ -4,6 +4,8 @@
 
 // rows: `count` elements, whole runs of RUN.
 extern "C" __global__ void __launch_bounds__(256) rotate_rows(u16* rows, long long count) {
+    release_dependents();
+    await_producers();
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     const bool mine = at < count;
     float x[8];

@@ -26,9 +26,9 @@ struct __align__(16) Header {
 };
 
 DEVICE Piece load_piece(const Header* plan, int index) {
-    const int4* from = reinterpret_cast<const int4*>(plan + 1) + 2 * index;
-    const int4 a = __ldg(from), b = __ldg(from + 1);
-    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const uint4* from = reinterpret_cast<const uint4*>(plan + 1) + 2 * index;
+    const uint4 a = load_fresh(from), b = load_fresh(from + 1);
+    return {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
 }
 
 // Blocks that the queries of a sequence see: from the first key of the first row's window to the last key.

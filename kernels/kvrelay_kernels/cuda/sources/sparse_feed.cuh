@@ -31,7 +31,7 @@ DEVICE void feed_queries(const Arguments& a, u8* memory, Control& control) {
         constexpr int vectors = head_dim / 8;
         const u32 to = shared_address(memory + slot.at * query_bytes);
         const u8* from = reinterpret_cast<const u8*>(a.q + ((u64)row * heads + head) * head_dim);
-#pragma unroll 8
+#pragma unroll 4
         for (int n = lane; n < mask_tile * vectors; n += 32) {
             const int r = n / vectors, v = n % vectors;
             const u64 at = (u64)min(r, rows - 1) * heads * head_dim * 2 + v * 16;

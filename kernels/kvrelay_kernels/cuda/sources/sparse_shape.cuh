@@ -1,6 +1,7 @@
 // How the Hopper kernel lays out shared memory, and what its warps tell each other there.
 #pragma once
 #include "sparse_work.cuh"
+#include "turn.cuh"
 #include "warpgroup.cuh"
 
 constexpr int no_block = -1;     // lies outside of the cache: the copy engine writes zeros
@@ -49,13 +50,3 @@ struct Control {
 };
 constexpr int control_bytes = 2048;
 static_assert(sizeof(Control) <= control_bytes, "the launcher asks for less shared memory than that");
-
-// A place in a ring and how often it came round.
-template <int size>
-struct Turn {
-    int at = 0;
-    u32 phase = 0;
-    DEVICE void next() {
-        if (++at == size) at = 0, phase ^= 1;
-    }
-};

@@ -37,11 +37,16 @@ DEVICE void hold(float (&d)[n]) {
     for (int i = 0; i < n; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+#define LIST_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define LIST_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LIST_32(d, i) LIST_8(d, i), LIST_8(d, i + 8), LIST_8(d, i + 16), LIST_8(d, i + 24)
+#define LIST_16(d) LIST_8(d, 0), LIST_8(d, 8)
 #define LIST_48(d) LIST_32(d, 0), LIST_8(d, 32), LIST_8(d, 40)
 #define LIST_64(d) LIST_32(d, 0), LIST_32(d, 32)
+#define NAMES_4 "%0, %1, %2, %3"
+#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
+#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32                                                                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -56,6 +61,9 @@ DEVICE void hold(float (&d)[n]) {
                      "k16." OPERANDS " {" names "}, " a_name ", " b_name ", p, 1, 1, 0, 0;}"                      \
                      : list : "l"(a), "l"(b), "n"(int(add)));                                                     \
     }
+FROM_SHARED(8, NAMES_4, LIST_4(d), "%4", "%5", "%6")
+FROM_SHARED(16, NAMES_8, LIST_8(d, 0), "%8", "%9", "%10")
+FROM_SHARED(32, NAMES_16, LIST_16(d), "%16", "%17", "%18")
 FROM_SHARED(64, NAMES_32, LIST_32(d, 0), "%32", "%33", "%34")
 FROM_SHARED(128, NAMES_64, LIST_64(d), "%64", "%65", "%66")
 
@@ -69,6 +77,18 @@ FROM_SHARED(128, NAMES_64, LIST_64(d), "%64", "%65", "%66")
 FROM_REGISTERS(64, NAMES_32, LIST_32(d, 0), "%32, %33, %34, %35", "%36")
 FROM_REGISTERS(96, NAMES_48, LIST_48(d), "%48, %49, %50, %51", "%52")
 FROM_REGISTERS(128, NAMES_64, LIST_64(d), "%64, %65, %66, %67", "%68")
+
+// d += a * b^T: a 64 x 16 halves in registers, b n x 16 halves in shared memory, summed along its rows of 128 bytes.
+#define HALVES_FROM_REGISTERS(columns, names, list, a_names, b_name)                                             \
+    DEVICE void multiply_halves(float (&d)[columns / 2], const u32 (&a)[4], u64 b) {                              \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.f16.f16 {" names "}, {" a_names "}, " \
+                     b_name ", 1, 1, 1, 0;"                                                                       \
+                     : list : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                \
+    }
+HALVES_FROM_REGISTERS(8, NAMES_4, LIST_4(d), "%4, %5, %6, %7", "%8")
+HALVES_FROM_REGISTERS(16, NAMES_8, LIST_8(d, 0), "%8, %9, %10, %11", "%12")
+HALVES_FROM_REGISTERS(32, NAMES_16, LIST_16(d), "%16, %17, %18, %19", "%20")
+HALVES_FROM_REGISTERS(64, NAMES_32, LIST_32(d, 0), "%32, %33, %34, %35", "%36")
 
 // Registers move between warpgroups: those that copy need few, those that multiply many.
 template <int count>

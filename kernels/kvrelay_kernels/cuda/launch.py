@@ -1,0 +1,119 @@
+"""Launches of kernels, each of which may begin before the one ahead of it has ended.
+
+On compute capability 9.0 and later a kernel that waits for its producers itself is launched with programmatic
+stream serialization (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"): once
+every thread block of the kernel ahead has called `release_dependents()` or ended, it takes what room there
+is, so that its launch, its first instructions and its first reads hide behind the other's end. From CUDA 12.3
+on stream capture takes that down as it is. Kernels with these two calls (`sources/primitives.cuh`) obey:
+
+- `await_producers()` returns when all kernels ahead have ended and their writes are visible. Every thread
+  block comes there, even one without work; and every thread before it reads what an earlier kernel wrote,
+  *and before it writes anything that an earlier kernel may still read or write*.
+- What the wait makes visible is read by plain loads, asynchronous copies or bulk copies, never by `__ldg` or
+  `load_once`: the compiler may put those ahead of the wait, and the cache behind them is not emptied by it.
+- Before the wait nothing may be read but what no kernel of a step writes: weights and tables of angles, by
+  any load; and what a copy from the host brought, by bulk copies or `load_fresh` alone (the first-level cache
+  may still hold what lay there a step ago). Kernels wait for copies whole.
+- `release_dependents()` comes first of all: it only lets the next kernel in, and makes nothing visible. The
+  next one's thread blocks take room only once all of this one's have begun.
+
+Memory that is used again is safe by the same rules. Kernel n + 2 waits until n + 1 has ended; that ends only
+after its own wait, so after n has ended. So whoever is past its wait is alone with all that was launched
+before, and an address that a pool gives out again has no reader or writer left. Kernels of libraries, copies,
+and kernels without the wait are launched plainly: they begin when everything ahead of them has ended.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvrelay_kernels.cuda.driver import Version, driver_library
+from kvrelay_kernels.errors import KernelError
+
+OLDEST_CAPABILITY, OLDEST_CUDA = (9, 0), (12, 3)
+"""From which on kernels overlap: the GPU's compute capability, and the CUDA that its driver serves."""
+
+# The driver API's numbers and structures (cuda.h), packed as C lays them out: quicker than ctypes.
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_INVALID_CONTEXT = 201
+_ATTRIBUTE = struct.Struct("iii60x")
+"""`CUlaunchAttribute`: number, padding, and a value that is an int."""
+_CONFIG = struct.Struct("7IPPI4x")
+"""`CUlaunchConfig`: grid, block, shared memory, stream, attributes, and how many there are."""
+_WORD = struct.Struct("q")
+
+_OVERLAP = ctypes.create_string_buffer(_ATTRIBUTE.pack(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
+
+
+class Kernel:
+    """A loaded kernel; called, it is launched on CuPy's current stream."""
+
+    def __init__(self, function: Any, overlaps: bool) -> None:
+        """`function` is a `cupy.cuda.function.Function`; `overlaps`: it waits for its producers itself."""
+        self._function = function
+        self.overlaps = overlaps
+        self._launch = driver_library().cuLaunchKernelEx
+
+    @property
+    def ptr(self) -> int:
+        """The driver's handle."""
+        return self._function.ptr
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
+    ) -> None:
+        """Launch `grid` thread blocks of `block` threads with `shared_mem` bytes of dynamic shared memory.
+
+        An empty grid is no launch.
+
+        Args:
+            args: the kernel's parameters: arrays of CuPy, whose addresses are passed; Python's integers, as
+                64 bits; NumPy's scalars as they are, among them `np.void` for structures.
+
+        Raises:
+            KernelError: the driver refused; the message holds its code.
+        """
+        from cupy.cuda import get_current_stream, runtime  # pyright: ignore[reportMissingImports]
+
+        if 0 in grid:
+            return
+        config = _CONFIG.pack(
+            *_dimensions(grid), *_dimensions(block), shared_mem, get_current_stream().ptr,
+            ctypes.addressof(_OVERLAP), self.overlaps,
+        )  # fmt: skip
+        parameters = (ctypes.c_char_p * len(args))(*map(parameter_bytes, args))
+        call = config, ctypes.c_void_p(self.ptr), parameters, None
+        code = self._launch(*call)
+        if code == _INVALID_CONTEXT:
+            runtime.free(0)  # a thread has no context before its first call of the runtime
+            code = self._launch(*call)
+        if code:
+            raise KernelError(f"cuLaunchKernelEx failed with {code} for {grid} blocks of {block} threads")
+
+
+def overlaps_kernels(capability: tuple[int, int], cuda: Version) -> bool:
+    """Whether kernels may begin before the ones ahead end, on such a GPU with such a driver."""
+    return capability >= OLDEST_CAPABILITY and cuda >= OLDEST_CUDA
+
+
+def device_overlaps_kernels() -> bool:
+    """`overlaps_kernels` of CuPy's current device."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    major, minor = divmod(int(cupy.cuda.Device().compute_capability), 10)
+    version = cupy.cuda.runtime.driverGetVersion()
+    return overlaps_kernels((major, minor), (version // 1000, version % 1000 // 10))
+
+
+def _dimensions(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (*map(int, sizes), 1, 1)[:3]
+
+
+def parameter_bytes(arg: Any) -> bytes:
+    """A kernel's parameter as it lies in memory: see `Kernel.__call__`."""
+    if isinstance(arg, np.generic):
+        return arg.tobytes()
+    return _WORD.pack(arg if isinstance(arg, int) else arg.data.ptr)

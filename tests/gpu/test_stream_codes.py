@@ -1,0 +1,116 @@
+"""Products that stream codes, at the shapes of real models: accuracy, bits, and capture."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvrelay_kernels.cuda.decode_attention import Element16
+from kvrelay_kernels.cuda.device import find_gpu
+from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.cuda.stream_codes import StreamCodes
+from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE
+from tests.gpu.coded_weights import load, values_of
+from tests.gpu.paged_cache import DTYPES
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
+
+SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
+WEIGHTS = ["int4", "int8", "int8-g16"]
+
+
+@pytest.fixture
+def streams(cupy: Any, element: Element16, kernels: KernelCache) -> StreamCodes:
+    """The kernels alone, their workspace NaN."""
+    if device_arch() != ARCHITECTURE:
+        pytest.skip(f"runs on {ARCHITECTURE} alone")
+    found = StreamCodes(element, kernels, find_gpu().processors, cupy)
+    found._pieces.fill(np.nan)  # pyright: ignore[reportPrivateUsage]
+    return found
+
+
+def run(streams: StreamCodes, x: Any, weight: Any, kind: Any = np.uint16, bias: Any = None) -> Any:
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    out = cupy.full((len(x), weight.shape[0]), np.nan if kind == np.float32 else 0xFFFF, kind)
+    streams(x, weight, bias, out)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_real_shapes(
+    cupy: Any,
+    backend: PoisonedCudaBackend,
+    streams: StreamCodes,
+    element: Element16,
+    name: str,
+    shape: tuple[int, int],
+) -> None:
+    """Against float64, for every number of columns; a row's bits are the same in each, and each time."""
+    weight = load(backend, name, *shape)
+    # Scales that float16 does not have are rounded to it; with others, only sums are not exact.
+    bound = 2.0**-14 if weight.factors.dtype == np.float16 else 2.0**-10
+    values = values_of(backend, weight, element).astype(np.float16).astype(np.float64)
+    x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
+    bias = to_device(np.random.default_rng(2).standard_normal(shape[0]), element)
+    there, wanted = to_device(x, element), x.astype(np.float64) @ values.T
+    assert error(run(streams, there, weight, np.float32).get(), wanted) < bound
+    whole = run(streams, there, weight, bias=bias)
+    shifted = wanted + to_host(bias, element).astype(np.float64)
+    assert error(to_host(whole, element), shifted) < UNIT[element] + bound
+    for start, count in ((0, 1), (3, 8), (5, 9), (10, 17), (1, 33), (6, 64), (0, 70)):
+        part = cupy.ascontiguousarray(there[start : start + count])
+        same = run(streams, part, weight, bias=bias)
+        assert bool((same == whole[start : start + count]).all()), f"{count} rows"
+
+
+def test_rows_of_every_size(
+    cupy: Any, backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16
+) -> None:
+    """bfloat16 far outside of what halves have, beside rows with an infinity."""
+    if element == "float16":
+        pytest.skip("halves are taken as they are")
+    weight = load(backend, "int4", 4096, 4096)
+    values = values_of(backend, weight, element).astype(np.float16).astype(np.float64)
+    x = np.random.default_rng(3).standard_normal((9, 4096))
+    x *= 2.0 ** np.array([0, 20, -20, 100, -40, 15, -8, 5, 0])[:, None]
+    x[7] *= 2.0 ** np.repeat(np.arange(64) % 7 * 8 - 24, 64)
+    x[8, 77] = np.inf
+    x = x.astype(DTYPES[element])
+    found = run(streams, to_device(x, element), weight, np.float32).get()
+    for row in range(8):
+        wanted = x[row : row + 1].astype(np.float64) @ values.T
+        assert error(found[row : row + 1], wanted) < 2.0**-14, f"row {row}"
+    assert not np.isfinite(found[8]).any()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_inside_a_graph(
+    cupy: Any, backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16, name: str
+) -> None:
+    """Three products behind each other, which may overlap: each reads what the one before wrote."""
+    weight = load(backend, name, 2560, 2560)
+    rng = np.random.default_rng(3)
+    x = to_device(rng.standard_normal((8, 2560)), element)
+    outs = [cupy.zeros((8, 2560), np.uint16) for _ in range(3)]
+
+    def chain() -> None:
+        for given, out in zip([x, *outs[:2]], outs, strict=True):
+            streams(given, weight, None, out)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        chain()
+        stream.synchronize()
+        stream.begin_capture()
+        chain()
+        graph = stream.end_capture()
+        for _ in range(20):
+            x[...] = to_device(rng.standard_normal((8, 2560)), element)
+            for out in outs:
+                out.data.memset_async(0xFF, out.nbytes, stream)
+            graph.launch(stream)
+            stream.synchronize()
+            for given, out in zip([x, *outs[:2]], outs, strict=True):
+                assert bool((out == run(streams, given, weight)).all())
+                stream.synchronize()
