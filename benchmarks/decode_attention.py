@@ -1,19 +1,20 @@
 """Decode attention on the GPU by format, batch and length: time, accuracy, bandwidth, torch's cuDNN beside.
 
-    python benchmarks/decode_attention.py [--quick] [--formats LIST] [--commit NAME]
+    python -m benchmarks.decode_attention [--quick] [--formats LIST] [--commit NAME]
 
-Times are of one layer's attention under CUDA-graph replay; the plan of a step, made once for all layers, is
-timed apart. The layers of one arena take turns (same tables and lengths, other bytes, together beyond the
-second-level cache); blocks lie in random order. GB/s count the bytes that must be read: codes, scales and
-biases of the tokens there are. Errors are against float64 attention over what the codes stand for (in turbo
-formats rotated values, and so a rotated result). Writes results/h200/decode_attention.json.
+Times are of one layer's attention under CUDA-graph replay, of split-K and, where the heads of a batch run at
+once, of the single pass (`decode_route.py` chooses between them); the plan of a step, made once for all
+layers, is timed apart. The layers of one arena take turns (same tables and lengths, other bytes, together
+beyond the second-level cache); blocks lie in random order. GB/s count the bytes that must be read: codes,
+scales and biases of the tokens there are. Errors are against float64 attention over what the codes stand for
+(in turbo formats rotated values, and so a rotated result). Writes results/h200/decode_attention.json.
 """
 
 import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,24 @@ from typing import Any
 import cupy  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, launch_shape
-from kvrelay_kernels.cuda.module import KernelCache
-from kvrelay_kernels.interface import AttentionSpec
-from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, levels, parse_format, scales
+from benchmarks.decode_routes import compile_into, keys_of, make
+from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem
+from kvrelay_kernels.cuda.decode_route import fitting_cluster
+from kvrelay_kernels.cuda.decode_single_pass import SinglePass, device_rooms
+from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.plans import default_plan_folder, open_plans
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, levels, scales
 from kvrelay_kernels.quant.codec import quantize
 
 RESULTS = Path(__file__).parent / "results" / "h200" / "decode_attention.json"
 BEYOND_CACHE = 400e6
-"""Bytes that the layers in turn hold together, at least; the second-level cache has 60 MB."""
+"""Bytes that arrays in turn hold together, at least; the second-level cache has 60 MB."""
+FAR_BEYOND_CACHE = 2.4e9
+"""The same where the cache may keep some of them from turn to turn: what is read once is marked so here."""
+MOST_LAYERS = 600
 LIMIT = 12 << 30
+MOSTLY_IDLE = 60
+"""Thread blocks that are too few to be worth a try."""
 CODED = 64
 """Quantized blocks that are made: by the host, as the definition says."""
 FORMATS = ["none", "int8-g64", "int8-g32", "int6-g64", "int4-g64", "int4-g32"]
@@ -205,9 +214,9 @@ class Bench:
         self, fmt: str, heads: tuple[int, int], head_dim: int, kernels: KernelCache, stream: Any
     ) -> None:
         total, kv = heads
-        layout = BlockLayout(parse_format(fmt, head_dim, "bfloat16"), kv, head_dim)
-        self.problem = DecodeProblem(layout, AttentionSpec(total, kv, head_dim, head_dim**-0.5), "bfloat16")
-        self.kernels, self.stream = kernels, stream
+        self.problem = make(fmt, total, kv, head_dim)
+        layout = self.problem.layout
+        self.kernels, self.stream, self.rooms = kernels, stream, device_rooms(kernels)
         self.token_bytes = sum(frame.nbytes for frame in layout.frames) / BLOCK_TOKENS
         count = LIMIT // layout.block_bytes
         self.arena = cupy.empty((count, layout.block_bytes), np.uint8)
@@ -215,12 +224,12 @@ class Bench:
         for at in range(0, count, 256):
             self.arena[at : at + 256] = pool[cupy.random.permutation(256)][: count - at]
 
-    def run(self, case: Case) -> dict[str, Any]:
-        """Time and check one case."""
+    def run(self, case: Case) -> list[dict[str, Any]]:
+        """Time and check one case: a row for each kernel."""
         problem, lengths = self.problem, np.array(case.lengths, np.int32)
         needed = -(-lengths // BLOCK_TOKENS)
         each, nbytes = int(needed.sum()), float(lengths.sum()) * self.token_bytes
-        layers = int(max(1, min(len(self.arena) // each, np.ceil(BEYOND_CACHE / nbytes), 64)))
+        layers = int(max(1, min(len(self.arena) // each, np.ceil(FAR_BEYOND_CACHE / nbytes), MOST_LAYERS)))
         arena = self.arena[: layers * each].reshape(layers, each, -1)
         order = np.random.default_rng(0).permutation(each).astype(np.int32)
         host_tables = np.zeros((len(lengths), int(needed.max())), np.int32)
@@ -229,31 +238,48 @@ class Bench:
         tables, lengths_here = cupy.asarray(host_tables), cupy.asarray(lengths)
         shape = (layers, len(lengths), problem.spec.heads, problem.spec.head_dim)
         q = bfloat16_bits(cupy.random.standard_normal(shape, np.float32))
-        out = cupy.full(shape, 0xFFFF, np.uint16)
-        attention = DecodeAttention(problem, len(lengths), self.kernels)
-        attention.attach(arena)
-        with self.stream:
-            attention.plan(lengths_here)
-        calls = [lambda n=n: attention(q[n], n, tables, out[n]) for n in range(layers)]
-        times = replay(calls, self.stream)
-        plan = replay([lambda: attention.plan(lengths_here)] * 20, self.stream)
-        worst = 0.0
-        for s in {0, len(lengths) - 1}:
-            for n in {0, layers - 1}:
-                want = exact(problem, q[n, s], arena[n][tables[s, : needed[s]]], int(lengths[s]))
-                got = from_bfloat16(out[n, s]).astype(np.float64)
-                worst = max(worst, float(cupy.linalg.norm(got - want) / cupy.linalg.norm(want)))
-        return {
-            "format": problem.layout.format.name,
-            "heads": f"{problem.spec.heads}/{problem.spec.kv_heads} x {problem.spec.head_dim}",
-            "case": case.name,
-            "microseconds": asdict(times),
-            "plan_microseconds": plan.median,
-            "bytes": nbytes,
-            "bytes_per_second": nbytes / times.median * 1e6,
-            "relative_error": worst,
-            "launch": asdict(launch_shape(problem)),
+        want = {
+            (n, s): exact(problem, q[n, s], arena[n][tables[s, : needed[s]]], int(lengths[s]))
+            for n in {0, layers - 1}
+            for s in {0, len(lengths) - 1}
         }
+        rows: list[dict[str, Any]] = []
+        for route, attention in self._contenders(case):
+            out = cupy.full(shape, 0xFFFF, np.uint16)
+            attention.attach(arena)
+            cupy.cuda.get_current_stream().synchronize()
+            with self.stream:
+                attention.plan(lengths_here)
+            calls = [lambda n=n, a=attention, out=out: a(q[n], n, tables, out[n]) for n in range(layers)]
+            times = replay(calls, self.stream)
+            worst = 0.0
+            for (n, s), exactly in want.items():
+                got = from_bfloat16(out[n, s]).astype(np.float64)
+                worst = max(worst, float(cupy.linalg.norm(got - exactly) / cupy.linalg.norm(exactly)))
+            row = {
+                "format": problem.layout.format.name,
+                "heads": f"{problem.spec.heads}/{problem.spec.kv_heads} x {problem.spec.head_dim}",
+                "case": case.name,
+                "route": route,
+                "microseconds": asdict(times),
+                "bytes": nbytes,
+                "bytes_per_second": nbytes / times.median * 1e6,
+                "relative_error": worst,
+                "launch": asdict(attention.shape),
+            }
+            if isinstance(attention, DecodeAttention):
+                plan = replay([lambda a=attention: a.plan(lengths_here)] * 20, self.stream)
+                row["plan_microseconds"] = plan.median
+            rows.append(row)
+        return rows
+
+    def _contenders(self, case: Case) -> Iterable[tuple[str, DecodeAttention | SinglePass]]:
+        """Split-K; and a single pass of a batch of equal lengths that does not leave most of the GPU idle."""
+        yield "split-k", DecodeAttention(self.problem, len(case.lengths), self.kernels)
+        heads = len(case.lengths) * self.problem.spec.kv_heads
+        cluster = fitting_cluster(heads, self.rooms)
+        if len(set(case.lengths)) == 1 and cluster * heads >= MOSTLY_IDLE:
+            yield f"single-pass/{cluster}", SinglePass(self.problem, self.kernels, cluster)
 
 
 def torch_cudnn(case: Case, heads: tuple[int, int], head_dim: int) -> Times | None:
@@ -262,7 +288,8 @@ def torch_cudnn(case: Case, heads: tuple[int, int], head_dim: int) -> Times | No
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
     batch, length, (total, kv) = len(case.lengths), case.lengths[0], heads
-    layers = int(max(1, min(np.ceil(BEYOND_CACHE / (batch * length * kv * head_dim * 4)), 32)))
+    nbytes = batch * length * kv * head_dim * 4
+    layers = int(max(1, min(np.ceil(FAR_BEYOND_CACHE / nbytes), MOST_LAYERS)))
     options = {"device": "cuda", "dtype": torch.bfloat16}
     try:
         k = torch.randn(layers, batch, kv, length, head_dim, **options)
@@ -322,7 +349,8 @@ def main() -> None:
     if options.formats:
         formats = others = options.formats.split(",")
 
-    kernels, stream = KernelCache(Path("/tmp/kvrelay-cubins")), cupy.cuda.Stream(non_blocking=True)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    kernels = KernelCache(open_plans(default_plan_folder()))
     peak = read_bandwidth(stream)
     print(f"read bandwidth {peak / 1e12:.3f} TB/s")
     peers: dict[str, Times | None] = {}
@@ -333,14 +361,19 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     print(
-        "format    heads      case                 us    least     most   GB/s of read    error  cuDNN  times"
+        "format    heads      case           route               us    least     most   GB/s of read    error"
+        "  cuDNN  times"
     )
     work = [(fmt, (32, 8), 128, cases) for fmt in formats]
     work += [(fmt, heads, dim, [equal(8, 32768)]) for heads, dim in shapes for fmt in others]
+    problems = [make(fmt, *heads, dim) for fmt, heads, dim, _ in work]
+    rooms, arch = device_rooms(kernels), device_arch()
+    batches = sorted({len(case.lengths) for case in cases})
+    keys = [key for each in problems for key in keys_of(each, rooms, arch, batches)]
+    compile_into(default_plan_folder(), keys)
     for fmt, heads, dim, which in work:
         bench = Bench(fmt, heads, dim, kernels, stream)
-        for case in which:
-            row = bench.run(case)
+        for case, row in ((each, row) for each in which for row in bench.run(each)):
             peer = peers.get(case.name) if dim == 128 else None
             row["fraction_of_read"] = row["bytes_per_second"] / peak
             row["torch_cudnn_bf16"] = asdict(peer) if peer else None
@@ -349,7 +382,7 @@ def main() -> None:
             median, least, most = (f"{times[name]:8.1f}" for name in ("median", "least", "most"))
             speed = f"{row['bytes_per_second'] / 1e9:6.0f} {row['fraction_of_read']:7.1%}"
             beside = f"{peer.median:6.1f} {peer.median / times['median']:6.2f}" if peer else ""
-            name = f"{row['format']:9} {row['heads']:10} {case.name:14}"
+            name = f"{row['format']:9} {row['heads']:10} {case.name:14} {row['route']:14}"
             print(f"{name} {median} {least} {most} {speed} {row['relative_error']:8.1e} {beside}", flush=True)
         del bench
         cupy.get_default_memory_pool().free_all_blocks()

@@ -172,6 +172,12 @@ PARTS = {
 """Of which part each operation is."""
 
 
+def plain_rows(rows: int) -> StepBatch:
+    """A step of so many sequences with one row each, of which nothing is known."""
+    zeros, every = np.zeros(rows, np.int32), np.arange(rows + 1, dtype=np.int32)
+    return StepBatch(zeros, zeros, every, zeros, np.zeros((rows, 1), np.int32), every[:-1])
+
+
 class OnePart:
     """Lets a backend compute the operations of one part; all others give what they gave the first time.
 
@@ -192,7 +198,7 @@ class OnePart:
             self._known[name, shapes] = getattr(backend, name)(*args)
         elif name == "logits" and self._part == PARTS[name]:
             # The real step leaves logits on the device.
-            backend.linear(*args[:2])
+            backend.linear(*args[:2], plain_rows(len(args[2])))
         elif PARTS[name] == self._part:
             self._known[name, shapes] = getattr(backend, name)(*args)
         return self._known[name, shapes]

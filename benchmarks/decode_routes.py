@@ -26,7 +26,12 @@ from benchmarks.machine import RESULTS, cores, gpu_provenance, write
 from kvrelay_kernels.cuda.clusters import Rooms
 from kvrelay_kernels.cuda.decode_attention import DecodeAttention, DecodeProblem, launch_shape
 from kvrelay_kernels.cuda.decode_route import DecodeRoute, Threshold, Thresholds, fitting_cluster
-from kvrelay_kernels.cuda.decode_single_pass import SinglePass, device_rooms, single_pass_key
+from kvrelay_kernels.cuda.decode_single_pass import (
+    SinglePass,
+    device_rooms,
+    single_pass_key,
+    single_pass_shape,
+)
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.interface import AttentionSpec
 from kvrelay_kernels.plans import default_plan_folder, open_plans
@@ -37,8 +42,9 @@ SHAPES = ((32, 8, 128), (9, 3, 64), (16, 2, 256))
 BATCHES = (1, 2, 4, 8, 16, 32)
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LAYERS = 32
-BEYOND_CACHE = 400e6
-"""Bytes that the layers in turn hold together, at least."""
+BEYOND_CACHE = 2.4e9
+"""Bytes that the layers in turn hold together, unless they would be too many."""
+MOST_LAYERS = 256
 MOST_BYTES = 16 << 30
 REPEATS = 5
 PACKAGES = ("numpy", "cupy-cuda13x")
@@ -61,18 +67,21 @@ def make(fmt: str, heads: int, kv_heads: int, head_dim: int) -> DecodeProblem:
     return DecodeProblem(layout, AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5), "bfloat16")
 
 
-def keys_of(problem: DecodeProblem, rooms: Rooms, arch: str) -> Iterable[KernelKey]:
-    """The kernels that a contest runs."""
-    shape, kv_heads = launch_shape(problem), problem.spec.kv_heads
-    yield problem.key(shape, arch)
-    for cluster in {fitting_cluster(batch * kv_heads, rooms) for batch in BATCHES}:
-        yield single_pass_key(problem, shape, cluster, arch)
+def keys_of(
+    problem: DecodeProblem, rooms: Rooms, arch: str, batches: Sequence[int] = BATCHES
+) -> Iterable[KernelKey]:
+    """The kernels of a problem, for batches of so many sequences."""
+    kv_heads = problem.spec.kv_heads
+    yield problem.key(launch_shape(problem), arch)
+    for cluster in {fitting_cluster(batch * kv_heads, rooms) for batch in batches}:
+        yield single_pass_key(problem, single_pass_shape(problem), cluster, arch)
 
 
 def compile_into(folder: Path, keys: Sequence[KernelKey]) -> None:
     """Have kernels lie in the plan folder, compiled on all cores."""
+    each = list(dict.fromkeys(keys))
     with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(_compile, [folder] * len(keys), keys):
+        for _ in pool.map(_compile, [folder] * len(each), each):
             pass
 
 
@@ -105,7 +114,7 @@ class Contest:
         spec, block_bytes = self.problem.spec, self._arena.shape[1]
         needed = -(-longest // BLOCK_TOKENS)
         each = batch * needed
-        layers = min(len(self._arena) // each, int(np.ceil(BEYOND_CACHE / (each * block_bytes))), 64)
+        layers = min(len(self._arena) // each, int(np.ceil(BEYOND_CACHE / (each * block_bytes))), MOST_LAYERS)
         if layers == 0:
             return []
         arena = self._arena[: layers * each].reshape(layers, each, block_bytes)

@@ -11,7 +11,7 @@ of float32 results. Writes results/h200/few_rows.json.
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ class Bench:
         self.shape, self.form, self.stream = shape, form, stream
         gpu = find_gpu()
         self.few = FewRows("bfloat16", kernels, gpu.processors)
-        self.streams = StreamRows("bfloat16", kernels, gpu.processors, cupy)
-        self.codes = StreamCodes("bfloat16", kernels, gpu.processors, cupy)
+        self.streams = StreamRows("bfloat16", kernels, gpu.processors)
+        self.codes = StreamCodes("bfloat16", kernels, gpu.processors)
         self.products = Products("bfloat16", kernels, PlanStore(), gpu.device_class)
         self.rows = RowKernels("bfloat16", kernels)
         values = cupy.random.standard_normal((shape.n, shape.k), np.float32)
@@ -93,8 +93,7 @@ class Bench:
     def _copy(weight: Any) -> Any:
         if not isinstance(weight, CodedMatrix):
             return weight.copy()
-        codes, factors = weight.codes.copy(), weight.factors.copy()
-        return CodedMatrix(weight.shape, weight.bits, weight.group, codes, factors)
+        return replace(weight, codes=weight.codes.copy(), factors=weight.factors.copy())
 
     def contenders(self) -> dict[str, Callable[[Any, Any, Any], None]]:
         """By name: what writes a product of x with a weight."""

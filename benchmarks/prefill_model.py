@@ -45,6 +45,7 @@ FLOPS, BYTES = 790e12, 4.2e12
 """What the card has been seen to reach: bf16 products, and copies (bytes read and written)."""
 MIXED = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 REPEATS = 10
+LEAVING_REPEATS = 4
 SHORT = (1, 17, 64, 100, 128, 200, 256, 333, 400, 512)
 """Lengths of the prompts that are served to see whether memory grows, again and again."""
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
@@ -161,10 +162,12 @@ def read_prompts(decoder: Decoder, arena: Any, steps: Sequence[StepBatch], leavi
         decoder.forward(step, arena, read_back if leaving else None)
 
 
-def run_case(decoder: Decoder, arena: Any, case: Case, chunk: int, leaving: bool = False) -> list[float]:
-    """Seconds of each of `REPEATS` runs."""
+def run_case(
+    decoder: Decoder, arena: Any, case: Case, chunk: int, repeats: int = REPEATS, leaving: bool = False
+) -> list[float]:
+    """Seconds of each run."""
     steps, times = case.steps(chunk), []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         read_prompts(decoder, arena, steps, leaving)
         times.append(time.perf_counter() - begin)
@@ -240,7 +243,7 @@ def run_model(
         for case in CASES[:1] if cold else [case for case in CASES if case.name in cases]:
             times = run_case(decoder, arena, case, chunk)
             parts = time_parts(decoder, arena, case, chunk)
-            leaving = run_case(decoder, arena, case, chunk, leaving=True)
+            leaving = run_case(decoder, arena, case, chunk, LEAVING_REPEATS, leaving=True)
             rows.append({
                 "format": kv_format, "case": case.name, "tokens": case.tokens,
                 "first_seconds": times[0], "seconds": times,
@@ -336,14 +339,13 @@ def main() -> None:
             )
         )
         return
-    runs = []
+    head, runs = gpu_provenance(PACKAGES, options.commit), []
     for model in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             for cold in (True, False):
                 runs.append(child(model, options, Path(folder), cold))
                 print_start(runs[-1])
-    head = gpu_provenance(PACKAGES, options.commit)
-    write(head | {"runs": runs}, options.out)
+        write(head | {"runs": runs}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Decode attention begins before the kernel ahead has ended, and reads nothing that it writes too soon."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,3 +92,45 @@ def test_what_the_kernel_ahead_writes(
     want = exact_attention(q, cache, problem.spec, 1)
     for found in out.get().view(q.dtype).astype(np.float32):
         assert relative_error(found, want) < bound(want, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_tables_that_changed_since_the_last_step(
+    cupy: Any, kernels: KernelCache, late_copy: Callable[[Any, Any], None], kind: str
+) -> None:
+    """They come from the host, to where the last step's lay, and are read ahead of the wait."""
+    problem, rng = make("int8-g64", 128, "bfloat16"), np.random.default_rng(11)
+    if kind == "in clusters" and device_arch() < "sm_90":
+        pytest.skip("this GPU has no thread-block clusters")
+    cache = random_cache(rng, problem.layout, LENGTHS)
+    turned = replace(
+        cache, tables=cache.tables[::-1].copy(), lengths=cache.lengths[::-1].copy(), keys=cache.keys[::-1],
+        values=cache.values[::-1],
+    )  # fmt: skip
+    q = rng.standard_normal((len(LENGTHS), 32, 128)).astype(DTYPES["bfloat16"])
+    wanted = [exact_attention(q, each, problem.spec, 1) for each in (cache, turned)]
+    given, queries = cupy.asarray(q.view(np.uint16)), cupy.empty(q.shape, np.uint16)
+    lengths, tables = cupy.asarray(cache.lengths), cupy.asarray(cache.tables)
+    out = cupy.empty(q.shape, np.uint16)
+    attention = NEW[kind](problem, kernels)
+    attention.attach(cupy.asarray(cache.arena[None]))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.get_current_stream().synchronize()
+    with stream:
+        stream.begin_capture()
+        late_copy(queries, given)
+        attention.plan(lengths)
+        late_copy(queries, given)
+        attention(queries, 0, tables, out)
+        late_copy(queries, given)
+        attention(queries, 0, tables, out)
+        graph = stream.end_capture()
+        for step in range(40):
+            now = (cache, turned)[step % 2]
+            lengths.set(now.lengths, stream)
+            tables.set(now.tables, stream)
+            queries.data.memset_async(0xFF, queries.nbytes, stream)
+            graph.launch(stream)
+            stream.synchronize()
+            found = out.get().view(q.dtype).astype(np.float32)
+            assert relative_error(found, wanted[step % 2]) < bound(wanted[step % 2], "bfloat16")

@@ -12,7 +12,7 @@ from kvrelay_kernels.cuda.cudnn_decode import CudnnDecode
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem
 from kvrelay_kernels.cuda.decode_route import DecodeRoute
 from kvrelay_kernels.cuda.decode_rows import Kernel
-from kvrelay_kernels.cuda.decode_single_pass import SinglePass
+from kvrelay_kernels.cuda.decode_single_pass import SinglePass, device_rooms
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.errors import FormatUnsupported
@@ -82,6 +82,13 @@ def test_single_pass_of_every_head_dimension(
 def test_single_pass_of_a_long_sequence(cupy: Any, kernels: KernelCache) -> None:
     problem = make("int8-g64", 128, "bfloat16", heads=(4, 1))
     check(cupy, lambda p: SinglePass(p, kernels, 16), problem, [131072])
+
+
+@pytest.mark.usefixtures("clusters")
+def test_clusters_have_room(kernels: KernelCache) -> None:
+    rooms, processors = device_rooms(kernels), find_gpu().processors
+    assert max(rooms) >= 8
+    assert all(0 < size * room <= processors for size, room in rooms.items())
 
 
 @pytest.mark.parametrize("head_dim", HEADS)

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from kvrelay_kernels.cuda.coded_matrix import BIAS_UNIT, CodedMatrix
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
@@ -20,12 +22,16 @@ WEIGHTS = ["int4", "int8", "int8-g16"]
 
 @pytest.fixture
 def streams(cupy: Any, element: Element16, kernels: KernelCache) -> StreamCodes:
-    """The kernels alone, their workspace NaN."""
+    """The kernels alone."""
     if device_arch() != ARCHITECTURE:
         pytest.skip(f"runs on {ARCHITECTURE} alone")
-    found = StreamCodes(element, kernels, find_gpu().processors, cupy)
-    found._pieces.fill(np.nan)  # pyright: ignore[reportPrivateUsage]
-    return found
+    return StreamCodes(element, kernels, find_gpu().processors)
+
+
+def halves(values: NDArray[np.float64], weight: CodedMatrix) -> NDArray[np.float64]:
+    """Rounded as the kernels do it."""
+    one = weight.unit * BIAS_UNIT
+    return (values / one).astype(np.float16).astype(np.float64) * one
 
 
 def run(streams: StreamCodes, x: Any, weight: Any, kind: Any = np.uint16, bias: Any = None) -> Any:
@@ -50,7 +56,7 @@ def test_real_shapes(
     weight = load(backend, name, *shape)
     # Scales that float16 does not have are rounded to it; with others, only sums are not exact.
     bound = 2.0**-14 if weight.factors.dtype == np.float16 else 2.0**-10
-    values = values_of(backend, weight, element).astype(np.float16).astype(np.float64)
+    values = halves(values_of(backend, weight, element), weight)
     x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
     bias = to_device(np.random.default_rng(2).standard_normal(shape[0]), element)
     there, wanted = to_device(x, element), x.astype(np.float64) @ values.T
@@ -71,7 +77,7 @@ def test_rows_of_every_size(
     if element == "float16":
         pytest.skip("halves are taken as they are")
     weight = load(backend, "int4", 4096, 4096)
-    values = values_of(backend, weight, element).astype(np.float16).astype(np.float64)
+    values = halves(values_of(backend, weight, element), weight)
     x = np.random.default_rng(3).standard_normal((9, 4096))
     x *= 2.0 ** np.array([0, 20, -20, 100, -40, 15, -8, 5, 0])[:, None]
     x[7] *= 2.0 ** np.repeat(np.arange(64) % 7 * 8 - 24, 64)

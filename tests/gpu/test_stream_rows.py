@@ -9,7 +9,7 @@ import pytest
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
-from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, MOST_ROWS, StreamRows, StreamShape
+from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, MOST_ROWS, StreamRows
 from model_runtime.steps import sequence_steps
 from tests.gpu.paged_cache import DTYPES
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
@@ -20,12 +20,10 @@ COUNTS = (1, 2, 8, 9, 16, 17, 33, 64, MOST_ROWS + 6)
 
 @pytest.fixture
 def streams(cupy: Any, element: Element16, kernels: KernelCache) -> StreamRows:
-    """The kernels alone, their workspace NaN."""
+    """The kernels alone."""
     if device_arch() != ARCHITECTURE:
         pytest.skip(f"runs on {ARCHITECTURE} alone")
-    found = StreamRows(element, kernels, find_gpu().processors, cupy)
-    found._pieces.fill(np.nan)  # pyright: ignore[reportPrivateUsage]
-    return found
+    return StreamRows(element, kernels, find_gpu().processors)
 
 
 def weight_of(n: int, k: int, element: str) -> Any:
@@ -58,19 +56,6 @@ def test_real_shapes(cupy: Any, streams: StreamRows, element: Element16, shape: 
         part = cupy.ascontiguousarray(there[start : start + count])
         same = run(streams, part, weight, bias=to_device(bias, element))
         assert bool((same == whole[start : start + count]).all()), f"{count} rows"
-
-
-@pytest.mark.parametrize(("groups", "blocks_per_sm"), [(1, 1), (4, 1), (2, 2)])
-def test_every_way_to_spread_the_work(
-    cupy: Any, kernels: KernelCache, streams: StreamRows, element: Element16, groups: int, blocks_per_sm: int
-) -> None:
-    shape = StreamShape(groups, blocks_per_sm, (180 << 10) // blocks_per_sm)
-    other = StreamRows(element, kernels, find_gpu().processors, cupy, shape)
-    weight = weight_of(6144, 4096, element)
-    x = to_device(np.random.default_rng(1).standard_normal((9, 4096)), element)
-    for _ in range(20):
-        found, usual = run(other, x, weight, np.float32), run(streams, x, weight, np.float32)
-        assert error(found.get(), usual.get().astype(np.float64)) < 2.0**-16
 
 
 def test_inside_a_graph(cupy: Any, streams: StreamRows, element: Element16) -> None:

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrelay_kernels.cuda.coded_matrix import CodedMatrix, pack_codes
+from kvrelay_kernels.cuda.coded_matrix import BIAS_UNIT, CodedMatrix, pack_codes
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.weights import quantize_weight
 
@@ -31,12 +31,15 @@ def coded_weight(name: str, n: int, k: int) -> tuple[CodedMatrix, AffineWeight]:
     matrix = pack_codes([codes], rounded)
     assert matrix is not None
     assert (matrix.factors.dtype == np.float16) == rounded
-    return matrix, rounded_scales(codes) if rounded else codes
+    return matrix, rounded_scales(codes, matrix.unit) if rounded else codes
 
 
-def rounded_scales(codes: AffineWeight) -> AffineWeight:
-    """Scales and biases rounded to float16."""
-    scales, biases = (part.astype(np.float16).astype(np.float32) for part in (codes.scales, codes.biases))
+def rounded_scales(codes: AffineWeight, unit: float) -> AffineWeight:
+    """Scales and biases as a matrix of this unit has them in float16."""
+    scales, biases = (
+        (part / np.float32(one)).astype(np.float16) * np.float32(one)
+        for part, one in ((codes.scales, unit), (codes.biases, unit * BIAS_UNIT))
+    )
     return AffineWeight(codes.codes, scales, biases, codes.bits)
 
 

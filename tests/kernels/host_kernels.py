@@ -89,6 +89,15 @@ def matrix_map(matrix: NDArray[np.uint16], box_rows: int) -> np.void:
     return np.void(words.tobytes())
 
 
+def planes_map(array: NDArray[Any], box: tuple[int, int]) -> np.void:
+    """In place of that of `tensor_map`, with the same arguments."""
+    assert array.flags.c_contiguous
+    planes, rows = array.shape[:2]
+    words = np.zeros(16, np.uint64)
+    words[:6] = array.ctypes.data, planes, rows, array.nbytes // (planes * rows), *box
+    return np.void(words.tobytes())
+
+
 def blocks_map(
     address: int, blocks: int, block_bytes: int, shape: tuple[int, int, int]
 ) -> NDArray[np.uint64]:

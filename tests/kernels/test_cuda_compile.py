@@ -8,7 +8,7 @@ from kvrelay_kernels.cuda.block_sparse import SparseProblem
 from kvrelay_kernels.cuda.block_sparse_mma import SHAPES
 from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, Form
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem, Element16, launch_shape
-from kvrelay_kernels.cuda.decode_single_pass import single_pass_key
+from kvrelay_kernels.cuda.decode_single_pass import single_pass_key, single_pass_shape
 from kvrelay_kernels.cuda.draw import DrawShape, newest_ids_key
 from kvrelay_kernels.cuda.expand import Expansion
 from kvrelay_kernels.cuda.expand_matrix import expand_matrix_key
@@ -18,9 +18,9 @@ from kvrelay_kernels.cuda.nvrtc import CompileFailed, compile_cubin, library
 from kvrelay_kernels.cuda.rope import MANY_PASSES, AppendShape
 from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key, rotate_key
 from kvrelay_kernels.cuda.stream_codes import COLUMNS as CODE_COLUMNS
-from kvrelay_kernels.cuda.stream_codes import stream_shape
+from kvrelay_kernels.cuda.stream_codes import Cut, stream_shape
 from kvrelay_kernels.cuda.stream_rows import COLUMNS as STREAM_COLUMNS
-from kvrelay_kernels.cuda.stream_rows import SHAPE as STREAM_SHAPE
+from kvrelay_kernels.cuda.stream_rows import stream_shape as rows_shape
 from kvrelay_kernels.cuda.weights import convert_key
 from kvrelay_kernels.errors import BackendUnavailable
 from kvrelay_kernels.interface import Activation, AttentionSpec
@@ -80,7 +80,7 @@ def test_decode_attention_compiles(name: str, arch: str) -> None:
 @pytest.mark.parametrize("name", ["none", "int8", "int4"])
 def test_decode_single_pass_compiles(name: str, arch: str, cluster: int) -> None:
     problem = decode_problem(name)
-    key = single_pass_key(problem, launch_shape(problem), cluster, arch)
+    key = single_pass_key(problem, single_pass_shape(problem), cluster, arch)
     assert KernelCache().cubin(key)[:4] == b"\x7fELF"
 
 
@@ -125,8 +125,9 @@ def test_expand_blocks_compiles(fmt: str, arch: str) -> None:
 def test_stream_rows_compiles(element: Element16, arch: str) -> None:
     for columns in STREAM_COLUMNS:
         for float_out in (False, True):
-            key = STREAM_SHAPE.key(columns, element, float_out, arch)
-            assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+            for n in (4096, 28672):
+                key = rows_shape(n, columns, 132).key(element, float_out, arch)
+                assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
 @pytest.mark.parametrize("columns", CODE_COLUMNS)
@@ -135,8 +136,9 @@ def test_stream_rows_compiles(element: Element16, arch: str) -> None:
 )
 def test_stream_codes_compiles(form: Form, columns: int) -> None:
     element: Element16 = "float16" if form.group == 64 else "bfloat16"
-    key = stream_shape(form, columns).key(form, element, form.bits == 8)
-    assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+    for cut in (Cut(14, 1), Cut(4, 2)):
+        key = stream_shape(form, cut, columns, 64).key(form, cut, element, form.bits == 8)
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
 def row_keys(element: Element16, arch: str) -> list[KernelKey]:

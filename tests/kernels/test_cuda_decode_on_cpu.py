@@ -119,6 +119,12 @@ def test_ragged_batch(kernels: Any, name: str) -> None:
     assert relative_error(got, want) < BOUND
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_more_blocks_than_are_looked_up_at_once(kernels: Any, name: str) -> None:
+    got, want = attend(kernels, name, [64 * 220 + 7, 130])
+    assert relative_error(got, want) < BOUND
+
+
 SPREADS: dict[str, Callable[[int, int], NDArray[Any]]] = {
     "by group": lambda length, dim: 2.0 ** np.repeat(np.arange(dim // 32) * 25 - 50, 32)[None],
     "rising": lambda length, dim: 2.0 ** (np.arange(length) / 4 - 30)[:, None],

@@ -143,7 +143,7 @@ def test_parts_of_several_widths_lose_nothing(kernels: Any) -> None:
 
 def test_scales_are_rounded_where_they_may_be() -> None:
     values = np.random.default_rng(6).standard_normal((16, 64)).astype(np.float32)
-    for size, rounded, kind in ((1, True, np.float16), (1, False, np.float32), (1e-6, True, np.float32)):
+    for size, rounded, kind in ((1, True, np.float16), (1, False, np.float32), (1e-6, True, np.float16)):
         matrix = pack_codes([quantize_weight(values * np.float32(size), 4, 32)], rounded)
         assert matrix is not None
         assert matrix.factors.dtype == kind

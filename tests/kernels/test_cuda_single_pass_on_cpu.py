@@ -76,6 +76,14 @@ def test_ragged_batch(kernels: Any, name: str) -> None:
     assert relative_error(got, want) < BOUND
 
 
+@pytest.mark.parametrize("name", ["copied without the engine", "nvfp4"])
+def test_more_blocks_than_are_looked_up_at_once(kernels: Any, name: str) -> None:
+    variant, cluster = VARIANTS[name]
+    cache, q = random_case(variant, [64 * 110 + 7, 130])
+    got = run(kernels, variant, cluster, cache, q)
+    assert relative_error(got, exact_attention(q, cache, variant.problem.spec, 1)) < BOUND
+
+
 def test_a_row_does_not_depend_on_its_company(kernels: Any) -> None:
     variant, cluster = VARIANTS["int8 in clusters"]
     cache, q = random_case(variant, [300, 77])

@@ -1,24 +1,26 @@
 """Products of codes as they stream through shared memory, on this processor, against float64."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cuda import stream_codes
+from kvrelay_kernels.cuda.clusters import Rooms
+from kvrelay_kernels.cuda.coded_matrix import BIAS_UNIT
 from kvrelay_kernels.cuda.decode_attention import Element16
-from kvrelay_kernels.cuda.stream_codes import StreamCodes, StreamShape
+from kvrelay_kernels.cuda.stream_codes import Cut, StreamCodes, StreamShape, best_cut
 from kvrelay_kernels.quant import AffineWeight
 from tests.kernels.coded_cases import DTYPES, FORMS, UNIT, activations, coded_weight, rounded_scales
-from tests.kernels.host_kernels import COMPILER, HostKernels
+from tests.kernels.host_kernels import COMPILER, HostKernels, planes_map
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 SUMS = 2.0**-18
 """What sums may miss of the sum of sizes."""
-PROCESSORS = 3
+ROOMS = {1: 4, 2: 2}
 N, K = 344, 704
-"""One whole band of 256 rows and a part; each multiprocessor begins and ends within a band."""
+"""Two bands, the second not full, each of two thread blocks that share 11 units."""
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +29,24 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return HostKernels(tmp_path_factory.mktemp("kernels"))
 
 
-def halves(codes: AffineWeight) -> NDArray[np.float64]:
+@pytest.fixture(autouse=True)
+def maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that the emulator reads."""
+    monkeypatch.setattr(stream_codes, "planes_map", planes_map)
+
+
+def halves(codes: AffineWeight, unit: float) -> NDArray[np.float64]:
     """The matrix that is multiplied with: scales, then values rounded to halves."""
-    part = rounded_scales(codes)
-    group = codes.codes.shape[1] // part.scales.shape[1]
-    scales, biases = (np.repeat(each.astype(np.float64), group, 1) for each in (part.scales, part.biases))
-    return (part.codes * scales + biases).astype(np.float16).astype(np.float64)
+    part = rounded_scales(codes, unit)
+    factors = (part.scales.astype(np.float64), part.biases.astype(np.float64))
+    scales, biases = (np.repeat(each, part.group, 1) for each in factors)
+    one = unit * BIAS_UNIT
+    return ((part.codes * scales + biases) / one).astype(np.float16).astype(np.float64) * one
 
 
-def streams(kernels: Any, element: Element16, processors: int = PROCESSORS, **how: Any) -> StreamCodes:
-    """The kernels, their workspace NaN."""
-    arrays = SimpleNamespace(empty=lambda shape, kind: np.full(shape, np.nan, kind), zeros=np.zeros)
-    return StreamCodes(element, kernels, processors, arrays, **how)
+def streams(kernels: Any, element: Element16, rooms: Rooms = ROOMS, **how: Any) -> StreamCodes:
+    """The kernels, on a device that runs so many clusters."""
+    return StreamCodes(element, kernels, rooms[1], rooms, **how)
 
 
 def product(
@@ -55,7 +63,7 @@ def product(
 )
 def test_against_float64(kernels: Any, name: str, element: Element16) -> None:
     weight, codes = coded_weight(name, N, K)
-    values = halves(codes)
+    values = halves(codes, weight.unit)
     x = activations(5, K, element)
     sums = product(streams(kernels, element), x, weight, None, np.float32)
     size = np.abs(x.astype(np.float64)) @ np.abs(values).T
@@ -69,7 +77,7 @@ def test_bits_depend_on_no_other_row(kernels: Any) -> None:
     bias = np.random.default_rng(1).standard_normal(N).astype(DTYPES["bfloat16"])
     few = streams(kernels, "bfloat16")
     whole = product(few, x, weight, bias.view(np.uint16))
-    wanted = x.astype(np.float64) @ halves(codes).T + bias.astype(np.float64)
+    wanted = x.astype(np.float64) @ halves(codes, weight.unit).T + bias.astype(np.float64)
     found = whole.view(DTYPES["bfloat16"]).astype(np.float64)
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < UNIT["bfloat16"]
     for start, count in ((69, 1), (5, 3), (50, 12), (20, 17)):
@@ -84,7 +92,7 @@ def test_bits_depend_on_no_other_row(kernels: Any) -> None:
 def test_bfloat16_outside_the_range_of_halves(kernels: Any) -> None:
     """Units of 64 columns that are all huge, tiny or zero, side by side in a row, and an infinity."""
     weight, codes = coded_weight("int4-g32", N, K)
-    values = halves(codes)
+    values = halves(codes, weight.unit)
     x = np.random.default_rng(7).standard_normal((6, K))
     for unit in range(K // 64):
         x[0, 64 * unit : 64 * unit + 64] *= 2.0 ** (6 * unit - 30)
@@ -102,7 +110,7 @@ def test_bfloat16_outside_the_range_of_halves(kernels: Any) -> None:
     assert np.array_equal(sums[:5], product(few, x[:5].copy(), weight, None, np.float32))
 
 
-@pytest.mark.parametrize("shape", [StreamShape(8, 1, 3), StreamShape(8, 2, 5)])
+@pytest.mark.parametrize("shape", [StreamShape(8, 4, 2), StreamShape(8, 8, 3)])
 def test_bits_do_not_depend_on_the_ring(kernels: Any, shape: StreamShape) -> None:
     weight, _ = coded_weight("int4-g32", N, K)
     x = activations(8, K, "bfloat16")
@@ -110,12 +118,23 @@ def test_bits_do_not_depend_on_the_ring(kernels: Any, shape: StreamShape) -> Non
     assert np.array_equal(product(streams(kernels, "bfloat16", shape_of=lambda *_: shape), x, weight), usual)
 
 
-@pytest.mark.parametrize("processors", [1, 2, 7])
-@pytest.mark.parametrize(("n", "k"), [(24, 96), (512, 32), (600, 448)])
-def test_every_cut(kernels: Any, n: int, k: int, processors: int) -> None:
-    """Sizes that fill no band or unit, whole bands, and bands in many pieces."""
+@pytest.mark.parametrize("cut", [Cut(2, 1), Cut(16, 1), Cut(4, 4), Cut(6, 2), Cut(12, 3)], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(24, 288), (512, 160), (200, 448)])
+def test_every_cut(kernels: Any, monkeypatch: pytest.MonkeyPatch, n: int, k: int, cut: Cut) -> None:
+    """Sizes that fill no tile or unit; groups of warps, clusters, or several bands a thread block."""
+    monkeypatch.setattr(stream_codes, "best_cut", lambda *_: cut)
     weight, codes = coded_weight("int4-g32", n, k)
     x = activations(3, k, "float16")
-    found = product(streams(kernels, "float16", processors), x, weight).view(np.float16)
-    wanted = x.astype(np.float64) @ halves(codes).T
+    few = streams(kernels, "float16", {1: 1 if cut.groups == 1 else 64})
+    found = product(few, x, weight).view(np.float16)
+    wanted = x.astype(np.float64) @ halves(codes, weight.unit).T
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < UNIT["float16"]
+
+
+def test_cuts_of_a_model() -> None:
+    """Of Llama-3.1-8B on an H200: almost an even share for every multiprocessor."""
+    rooms = tuple({1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}.items())
+    for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        cut = best_cut(n, k, rooms)
+        assert -(-n // cut.band_rows) * cut.cluster == 128
+    assert best_cut(4096, 4096, ((1, 132),)).cluster == 1

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda import stream_rows
 from kvrelay_kernels.cuda.decode_attention import Element16
-from kvrelay_kernels.cuda.stream_rows import MOST_ROWS, StreamRows, StreamShape
+from kvrelay_kernels.cuda.stream_rows import MOST_ROWS, StreamRows, StreamShape, stream_shape
 from tests.kernels.host_kernels import COMPILER, HostKernels, matrix_map
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
@@ -17,8 +17,6 @@ DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 SUMS = 2.0**-21
 """What sums in float32 may miss of the sum of sizes."""
-SHAPE = StreamShape(groups=1, blocks_per_sm=1, ring_bytes=48 << 10)
-WIDE = StreamShape(groups=2, blocks_per_sm=1, ring_bytes=80 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +30,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return HostKernels(tmp_path_factory.mktemp("kernels"))
 
 
-def launcher(kernels: Any, element: Element16, blocks: int, shape: StreamShape = SHAPE) -> StreamRows:
-    """On `blocks` thread blocks, whose workspace is NaN."""
-    found = StreamRows(element, kernels, blocks, np, shape)
-    found._pieces.fill(np.nan)  # pyright: ignore[reportPrivateUsage]
-    return found
-
-
 def numbers(rows: int, k: int, element: str) -> NDArray[Any]:
     """Standard normal, but a few columns a thousand times as large, and a row far below all others."""
     rng = np.random.default_rng([rows, k])
@@ -48,33 +39,34 @@ def numbers(rows: int, k: int, element: str) -> NDArray[Any]:
     return x.astype(DTYPES[element])
 
 
-def sums_of(streams: StreamRows, x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float32]:
-    out = np.full((len(x), len(weight)), np.nan, np.float32)
-    streams(x.view(np.uint16), weight.view(np.uint16), None, out)
-    return out
-
-
 @pytest.mark.parametrize(
-    ("n", "k", "blocks", "shape"),
+    ("n", "k", "processors"),
     [
-        (192, 192, 1, SHAPE),  # every tile whole
-        (192, 320, 2, SHAPE),  # one tile in two pieces
-        (128, 640, 7, SHAPE),  # tiles in four pieces, blocks within one tile
-        (200, 328, 4, WIDE),  # what fills neither a tile nor a unit
-        (33, 72, 5, SHAPE),  # fewer units than blocks, odd n
+        (192, 192, 3),  # a tile a block
+        (328, 328, 2),  # two tiles a block; what fills neither a tile nor a unit
+        (33, 72, 2),  # odd n
+        (20, 456, 1),  # several panels at once
+        (40, 64, 8),  # fewer units of rows than processors
     ],
 )
 @pytest.mark.parametrize("element", ["float16", "bfloat16"])
-def test_against_float64(
-    kernels: Any, element: Element16, n: int, k: int, blocks: int, shape: StreamShape
-) -> None:
+def test_against_float64(kernels: Any, element: Element16, n: int, k: int, processors: int) -> None:
     weight, x = numbers(n, k, element), numbers(5, k, element)
-    streams = launcher(kernels, element, blocks, shape)
+    out = np.full((5, n), np.nan, np.float32)
+    StreamRows(element, kernels, processors)(x.view(np.uint16), weight.view(np.uint16), None, out)
     size = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
     wanted = x.astype(np.float64) @ weight.astype(np.float64).T
-    first = sums_of(streams, x, weight)
-    assert np.abs((first - wanted) / size).max() < SUMS
-    assert np.array_equal(sums_of(streams, x, weight), first)  # arrivals count from zero again
+    assert np.abs((out - wanted) / size).max() < SUMS
+
+
+@pytest.mark.parametrize("shape", [StreamShape(24, 8, 3, 40 << 10), StreamShape(128, 8, 1, 50 << 10)])
+def test_bits_do_not_depend_on_how_the_work_is_spread(kernels: Any, shape: StreamShape) -> None:
+    weight, x = numbers(280, 584, "bfloat16"), numbers(8, 584, "bfloat16")
+    outs = np.full((2, 8, 280), np.nan, np.float32)
+    for out, shape_of in zip(outs, (stream_shape, lambda *_: shape), strict=True):
+        streams = StreamRows("bfloat16", kernels, 3, shape_of)
+        streams(x.view(np.uint16), weight.view(np.uint16), None, out)
+    assert np.array_equal(outs[0], outs[1])
 
 
 @pytest.mark.parametrize(("n", "k"), [(136, 264), (65, 264)])
@@ -83,7 +75,7 @@ def test_bits_depend_on_no_other_row(kernels: Any, element: Element16, n: int, k
     """Nor on how many there are, or a neighbour's NaN; more than `MOST_ROWS` take two launches."""
     weight, x = numbers(n, k, element), numbers(MOST_ROWS + 3, k, element)
     bias = np.random.default_rng(1).standard_normal(n).astype(DTYPES[element])
-    streams = launcher(kernels, element, 3)
+    streams = StreamRows(element, kernels, 3)
 
     def product(x: NDArray[Any]) -> NDArray[np.uint16]:
         out = np.full((len(x), n), 0xFFFF, np.uint16)
@@ -103,6 +95,6 @@ def test_bits_depend_on_no_other_row(kernels: Any, element: Element16, n: int, k
 
 
 def test_a_weight_whose_rows_the_copy_engine_cannot_find(kernels: Any) -> None:
-    streams = launcher(kernels, "float16", 1)
+    streams = StreamRows("float16", kernels, 1)
     assert streams.takes(np.empty((64, 72), np.uint16))
     assert not streams.takes(np.empty((64, 68), np.uint16))

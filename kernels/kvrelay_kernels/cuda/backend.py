@@ -106,7 +106,10 @@ class CudaBackend:
     ) -> CudaLinear:
         """See `Backend.load_linear`; codes stay codes. Raises FormatUnsupported, MemoryError."""
         self.stream.use()
-        return self._weights.matrix(parts, mode, bias)
+        matrix = self._weights.matrix(parts, mode, bias)
+        # Products read a weight before they wait for the kernels ahead, which may be those that wrote it.
+        self.stream.synchronize()
+        return matrix
 
     def load_array(self, values: NDArray[Any]) -> Any:
         """The values as float32: what norms and rope multiply with."""

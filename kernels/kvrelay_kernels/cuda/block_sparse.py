@@ -51,9 +51,9 @@ class SparseProblem:
         """Dynamic shared memory of a thread block; mirrors `sparse_shape.cuh`."""
         panels = -(-self.head_dim // 64)
         step = 64 if self.head_dim > 128 else 128
-        stages = 2 if self.head_dim > 64 else 4
+        stages = 2 + 3 if self.head_dim > 64 else 4 + 4
         slots = 1 if self.head_dim > 128 else 2
-        return panels * 128 * (slots * 128 + 2 * stages * step) + 2048
+        return panels * 128 * (slots * 128 + stages * step) + 2048
 
 
 class BlockMaps:

@@ -1,5 +1,6 @@
 """Matrices of 4- and 8-bit codes in the order in which lanes read them (`sources/coded_matrix.cuh`)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,14 @@ from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.weights import concatenate
 
 TILE_ROWS = 16
+PAIR_ROWS = 2 * TILE_ROWS
 UNIT_COLUMNS = 64
+BIAS_UNIT = 2.0**24
+"""Of the largest half, in the smallest: what a code in the lowest bits of a half is worth is its inverse."""
+LARGEST = 2.0**15
+"""That a scale or a bias may be in its unit."""
+LEAST_EXPONENT = -100
+"""Of a unit: float32 has the numbers below it."""
 GROUPS = (16, 32, 64)
 BITS = (4, 8)
 
@@ -43,8 +51,10 @@ ELEMENTS = Form(16)
 class CodedMatrix:
     """A matrix `[n, k]` of `scale * code + bias`, in NumPy or CuPy; zeros where it fills no tile or unit.
 
-    `codes` is uint8 `[tiles, units, 128 * bits]`, tiles of 16 rows, units of 64 columns. `factors` is
-    `[tiles, units, row % 8, groups of a unit, row / 8, 2]`: scale and bias, float16 or float32.
+    `codes` is uint8 `[pairs, units, 2, 128 * bits]`: pairs of tiles of 16 rows, units of 64 columns.
+    `factors` is `[pairs, units, 2, row % 8, groups of a unit, row / 8, 2]`: scale / unit and bias / unit /
+    `BIAS_UNIT`, float16 or float32. So a code, seen as a subnormal half, times its scale plus its bias is in
+    a half's range.
     """
 
     shape: tuple[int, int]
@@ -52,6 +62,8 @@ class CodedMatrix:
     group: int
     codes: Any
     factors: Any
+    unit: float
+    """A power of two."""
 
     @property
     def form(self) -> Form:
@@ -69,8 +81,8 @@ def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMat
 
     Codes of up to 4 bits are kept in 4, others in 8; a group that 64 divides is cut into groups of 64.
     Scales and biases become float16 if that loses nothing, or if they may be `rounded`: then a value moves
-    by at most 2^-11 of its scale * code and of its bias, as it would in a matrix of float16 elements. In
-    that case they must lie within float16's normal range or be 0, else they stay float32.
+    by at most 2^-11 of its scale * code and of its bias, as it would in a matrix of float16 elements, or by
+    2^-15 of the matrix's largest scale.
     """
     whole = concatenate(list(parts))
     if whole.group % UNIT_COLUMNS == 0:
@@ -78,20 +90,23 @@ def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMat
     if whole.group not in GROUPS or not 1 <= whole.bits <= max(BITS):
         return None
     bits = 4 if whole.bits <= 4 else 8
-    factors = [_tiled(part, UNIT_COLUMNS // whole.group) for part in (whole.scales, whole.biases)]
-    kind = np.float16 if all(_fits(part, rounded) for part in factors) else np.float32
-    both = np.stack([part.astype(kind) for part in factors], axis=-1).copy(order="C")
-    return CodedMatrix(whole.shape, bits, whole.group, _in_lanes(whole.codes, bits, whole.group), both)
+    unit = _unit(whole)
+    pair = (whole.scales / np.float32(unit), whole.biases / np.float32(unit * BIAS_UNIT))
+    factors = np.stack([_tiled(part, UNIT_COLUMNS // whole.group) for part in pair], axis=-1)
+    halves = factors.astype(np.float16)
+    if rounded or bool((halves.astype(np.float32) == factors).all()):
+        factors = halves
+    codes = _in_lanes(whole.codes, bits, whole.group)
+    return CodedMatrix(whole.shape, bits, whole.group, codes, factors.copy(order="C"), unit)
 
 
-def _fits(factors: Any, rounded: bool) -> bool:
-    """Whether float16 has these values."""
-    with np.errstate(over="ignore"):
-        if not rounded:
-            return bool((factors.astype(np.float16).astype(np.float32) == factors).all())
-    sizes = abs(factors)
-    limits = np.finfo(np.float16)
-    return bool((((sizes >= limits.smallest_normal) & (sizes <= limits.max)) | (sizes == 0)).all())
+def _unit(weight: Any) -> float:
+    """The least power of two in which no scale or bias is larger than `LARGEST`."""
+    scale, bias = (float(abs(part).max()) for part in (weight.scales, weight.biases))
+    largest = max(scale, bias / BIAS_UNIT, LARGEST * 2.0**LEAST_EXPONENT)
+    if not math.isfinite(scale + bias):
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(largest / LARGEST))
 
 
 def _padded(values: Any, rows: int, columns: int) -> Any:
@@ -103,20 +118,20 @@ def _padded(values: Any, rows: int, columns: int) -> Any:
 
 
 def _tiled(factors: Any, groups: int) -> Any:
-    """`[n, k / group]` as `[tiles, units, row % 8, groups, row / 8]`."""
-    whole = _padded(factors, TILE_ROWS, groups)
-    parts = whole.reshape(len(whole) // TILE_ROWS, 2, 8, -1, groups)
-    return parts.transpose(0, 3, 2, 4, 1)
+    """`[n, k / group]` as `[pairs, units, 2, row % 8, groups, row / 8]`."""
+    whole = _padded(factors, PAIR_ROWS, groups)
+    parts = whole.reshape(len(whole) // PAIR_ROWS, 2, 2, 8, -1, groups)
+    return parts.transpose(0, 4, 1, 3, 5, 2)
 
 
 def _in_lanes(codes: Any, bits: int, group: int) -> Any:
-    """`[n, k]` as `[tiles, units, bytes]`, each lane's words 16 bytes at a time.
+    """`[n, k]` as `[pairs, units, 2, bytes]`, each lane's words 16 bytes at a time.
 
     Lane 4 g + t has rows g and g + 8. Its four columns of a step lie at bits 0, 16, 8 and 24 of a word: two
     and two are neighbours in operands. With 4 bits the lower row is in the upper half of each byte; with 8
     bits a step has a word for each row.
     """
-    whole = _padded(codes, TILE_ROWS, UNIT_COLUMNS)
+    whole = _padded(codes, PAIR_ROWS, UNIT_COLUMNS)
     tiles, units = len(whole) // TILE_ROWS, whole.shape[1] // UNIT_COLUMNS
     if group == 16:
         parts = whole.reshape(tiles, 2, 8, units, 4, 4, 2, 2)  # step, t, pair, column
@@ -129,4 +144,4 @@ def _in_lanes(codes: Any, bits: int, group: int) -> Any:
         packed = parts[..., 0, :] | parts[..., 1, :] << 4
     else:
         packed = parts.reshape(tiles, units, 32, 2, 16).transpose(0, 1, 3, 2, 4)
-    return packed.copy(order="C").reshape(tiles, units, -1)
+    return packed.reshape(tiles // 2, 2, units, -1).transpose(0, 2, 1, 3).copy(order="C")

@@ -1,5 +1,6 @@
 """Launcher of the split-K decode attention kernel (`sources/decode_attention.cu`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,10 @@ BOX_BYTES = 1024
 """Codes of a tile begin at multiples of this in shared memory: the copy engine's swizzle repeats there."""
 _WIDENED = {6: 8, 3: 4}
 """Bits of codes that straddle words, and what they are widened to before they are loaded."""
+
+TABLED = "turbo4"
+"""Whose codes are looked up in shared memory, two at a time, by each lane in a table of its own."""
+TABLE_BYTES = 32 * 256 * 4
 
 LOG2_E = 1.4426950408889634
 
@@ -118,7 +123,10 @@ class DecodeProblem:
         ring = shape.stages * (two_sides(bits) + shape.tile * scales + 8)
         widened = two_sides(_WIDENED[bits]) if bits in _WIDENED else 0
         area = min(self.queries, self.query_tile) * (dim + 4) * 4
-        return shape.warps * (ring + widened + area + 2 * self.query_tile * 4) + 8 + 16
+        total = shape.warps * (ring + widened + area + 2 * self.query_tile * 4) + 8 + 16
+        if self.layout.format.base != TABLED:
+            return total
+        return -(-total // 128) * 128 + TABLE_BYTES
 
     @property
     def _bits(self) -> int:
@@ -249,38 +257,51 @@ class DecodeAttention:
         self._launch(q, self._arena.data.ptr, self._map, layer_bytes, tables, out)
 
 
-# (bits of an element, head dimension) -> warps, stages, tile. Measured on an H200 (docs/kernels.md) without
-# codes and for affine codes of 8 and 4 bits; a first guess for all other formats.
-_SHAPES = {
+Shape = tuple[int, int, int]
+"""Warps, stages, tile."""
+
+# (bits of an element, head dimension) -> shape. Measured on an H200 (docs/kernels.md) at head dimension 128,
+# and in int8 at 64 and 256; a guess for all others.
+_SHAPES: Mapping[tuple[int, int], Shape] = {
     (16, 64): (8, 2, 32),
-    (16, 128): (8, 2, 16),
+    (16, 128): (6, 2, 32),
     (16, 256): (4, 2, 16),
     (8, 64): (8, 2, 32),
     (8, 128): (12, 2, 16),
     (8, 256): (6, 2, 16),
     (6, 64): (8, 2, 32),
-    (6, 128): (12, 2, 16),
+    (6, 128): (8, 2, 32),
     (6, 256): (6, 2, 16),
     (4, 64): (16, 2, 64),
-    (4, 128): (8, 2, 64),
+    (4, 128): (12, 2, 32),
     (4, 256): (8, 2, 32),
     (3, 256): (8, 2, 32),
 }
-_OWN_SHAPES = {("nvfp4", 64): (12, 2, 64)}
-"""Formats that need more registers than others of as many bits."""
+_OWN_SHAPES: Mapping[tuple[str, int], Shape] = {
+    ("nvfp4", 64): (12, 2, 64),
+    ("nvfp4", 128): (16, 2, 32),
+    ("turbo4", 128): (16, 2, 32),
+}
+"""Of formats that differ from others of as many bits."""
 _BEGIN_COST = {16: 4, 8: 6, 6: 8, 4: 12, 3: 14}
 
 
-def launch_shape(problem: DecodeProblem, shared_limit: int = SHARED_BYTES) -> LaunchShape:
+def launch_shape(
+    problem: DecodeProblem,
+    shared_limit: int = SHARED_BYTES,
+    shapes: Mapping[tuple[int, int], Shape] = _SHAPES,
+) -> LaunchShape:
     """The choice for a problem, with as many warps as fit into `shared_limit` bytes and into registers.
+
+    `shapes` go before those of split-K.
 
     Raises:
         FormatUnsupported: not even one fits.
     """
     fmt, dim = problem.layout.format, problem.spec.head_dim
     bits = fmt.code_bits or 16
-    own = _OWN_SHAPES.get((fmt.base, dim))
-    warps, stages, tile = own or _SHAPES.get((bits, dim), (8, 2, 64 if bits <= 4 else 32))
+    found = _OWN_SHAPES.get((fmt.base, dim)) or shapes.get((bits, dim)) or _SHAPES.get((bits, dim))
+    warps, stages, tile = found or (8, 2, 64 if bits <= 4 else 32)
     if problem.query_tile == 16:
         warps = min(warps, 8)
     shape = LaunchShape(warps, stages, tile, begin_cost=_BEGIN_COST[bits])

@@ -1,5 +1,6 @@
 """Launcher of the single-pass decode attention kernel (`sources/decode_single_pass.cu`)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,10 @@ from kvrelay_kernels.cuda.clusters import PORTABLE, Rooms, allow_large, find_roo
 from kvrelay_kernels.cuda.decode_attention import (
     LOG2_E,
     RESERVED_BYTES,
+    SHARED_BYTES,
     DecodeProblem,
     LaunchShape,
+    Shape,
     launch_shape,
 )
 from kvrelay_kernels.cuda.device import shared_memory_limit
@@ -17,6 +20,9 @@ from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, tensor_map
 from kvrelay_kernels.errors import FormatUnsupported
 
+_SHAPES: Mapping[tuple[int, int], Shape] = {(16, 128): (8, 2, 16), (8, 128): (8, 2, 32), (4, 128): (8, 2, 64)}
+"""As those of split-K, and before them: fewer warps meet sooner."""
+_MOST_INBOX_BYTES = 12 * 1024
 CLUSTERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 """Thread blocks that may share a head."""
 _PLAN_THREADS = 512
@@ -38,7 +44,7 @@ class SinglePassLaunch:
                 f"{arch} runs clusters of 1 to {largest_cluster(arch)} thread blocks, not {cluster}"
             )
         self.problem, self.shape, self.cluster = problem, shape, cluster
-        self._shared = problem.shared_bytes(shape) + 8 * problem.query_tile
+        self._shared = problem.shared_bytes(shape) + (_inbox_bytes(problem, cluster) if cluster > 1 else 0)
         self.kernel = kernels.load(single_pass_key(problem, shape, cluster, arch), self._shared)
         self._lengths: Any = None
 
@@ -58,6 +64,13 @@ class SinglePassLaunch:
         self.kernel(grid, (32 * self.shape.warps,), args, shared_mem=self._shared)
 
 
+def _inbox_bytes(problem: DecodeProblem, cluster: int) -> int:
+    """Shared memory for what comes from the other thread blocks of a cluster; mirrors the kernel's source."""
+    queries = min(problem.queries, problem.query_tile)
+    pairs = -(-queries * problem.spec.head_dim // 2 // cluster) + queries
+    return 128 + 8 * cluster * pairs + 8
+
+
 class SinglePass:
     """Takes the place of a `DecodeAttention`; needs no workspace, and so no number of sequences."""
 
@@ -66,7 +79,7 @@ class SinglePass:
     ) -> None:
         """Raises FormatUnsupported where the device cannot run it."""
         self.problem = problem
-        shape = shape or launch_shape(problem, shared_memory_limit() - RESERVED_BYTES)
+        self.shape = shape = shape or single_pass_shape(problem, shared_memory_limit() - RESERVED_BYTES)
         self._launch = SinglePassLaunch(problem, shape, cluster, device_arch(), kernels)
         if cluster > PORTABLE:
             allow_large(self._launch.kernel)
@@ -75,7 +88,7 @@ class SinglePass:
 
     def attach(self, arena: Any) -> None:
         """See `DecodeAttention.attach`."""
-        self._map = tensor_map(arena.data.ptr, arena.nbytes, self.problem.box_rows(self._launch.shape))
+        self._map = tensor_map(arena.data.ptr, arena.nbytes, self.problem.box_rows(self.shape))
         self._arena = arena
 
     def plan(self, lengths: Any) -> None:
@@ -86,6 +99,11 @@ class SinglePass:
         """See `DecodeAttention.__call__`."""
         layer_bytes = layer * self._arena.shape[1] * self._arena.shape[2]
         self._launch(q, self._arena.data.ptr, self._map, layer_bytes, tables, out)
+
+
+def single_pass_shape(problem: DecodeProblem, shared_limit: int = SHARED_BYTES) -> LaunchShape:
+    """As `launch_shape`. Raises FormatUnsupported."""
+    return launch_shape(problem, shared_limit - _MOST_INBOX_BYTES, _SHAPES)
 
 
 def single_pass_key(problem: DecodeProblem, shape: LaunchShape, cluster: int, arch: str) -> KernelKey:

@@ -31,4 +31,8 @@ class ExpandMatrix:
         n, k = matrix.shape
         kernel = self._kernels.load(expand_matrix_key(matrix.form, self._element, self._arch), 0)
         blocks = -(-n * k // (ITEMS * THREADS))
-        kernel((blocks,), (THREADS,), (matrix.codes, matrix.factors, np.int32(k), np.int64(n * k), out))
+        kernel(
+            (blocks,),
+            (THREADS,),
+            (matrix.codes, matrix.factors, np.int32(k), np.int64(n * k), np.float32(matrix.unit), out),
+        )

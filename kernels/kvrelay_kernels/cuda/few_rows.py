@@ -100,10 +100,12 @@ class FewRows:
         n, k = weight.shape
         columns = next(columns for columns in COLUMNS if 8 * columns >= len(x))
         kernel, shape = self._kernel(_form(weight), _ragged(weight), out.dtype == np.float32, columns)
-        data, factors = (weight.codes, weight.factors) if isinstance(weight, CodedMatrix) else (weight, 0)
+        coded = isinstance(weight, CodedMatrix)
+        data, factors, unit = (weight.codes, weight.factors, weight.unit) if coded else (weight, 0, 1)
         sizes = map(np.int32, (len(x), n, k, NIBBLES))
         grid = (shape.blocks(n, self._processors),)
-        kernel(grid, (32 * WARPS,), (x, data, factors, 0 if bias is None else bias, *sizes, out))
+        arguments = (x, data, factors, 0 if bias is None else bias, *sizes, np.float32(unit), out)
+        kernel(grid, (32 * WARPS,), arguments)
 
 
 def _form(weight: Any) -> Form:

@@ -14,6 +14,7 @@ from kvrelay_kernels.cuda.cublas_lt import Algorithm, CublasLt, Product, Product
 from kvrelay_kernels.cuda.expand_matrix import ExpandMatrix
 from kvrelay_kernels.cuda.few_rows import FewRows
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
+from kvrelay_kernels.cuda.stream_codes import StreamCodes
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, StreamRows
 from kvrelay_kernels.errors import FormatUnsupported, KernelError
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, TensorKey
@@ -78,8 +79,8 @@ class Products:
     same in whichever chunks it is read. A matrix of codes is rounded to 16 bits for them, in scratch, which
     stays as large as the largest matrix that was.
 
-    All other rows go by `StreamRows` on Hopper, where the engine can copy the weight's rows, and by `FewRows`
-    if the weight is one of codes; otherwise they are multiplied as those of prompts.
+    All other rows go by `StreamCodes` and, where the engine can copy the weight's rows, `StreamRows` on
+    Hopper, elsewhere by `FewRows` if the weight is one of codes; otherwise as those of prompts.
     """
 
     def __init__(
@@ -94,9 +95,9 @@ class Products:
 
         self._element: Element = element
         processors = device.processors or 1
-        self._few = FewRows(element, kernels, processors)
         hopper = device_arch() == ARCHITECTURE
-        self._streams = StreamRows(element, kernels, processors, cupy) if hopper else None
+        self._few = (StreamCodes if hopper else FewRows)(element, kernels, processors)
+        self._streams = StreamRows(element, kernels, processors) if hopper else None
         self._expand = ExpandMatrix(element, kernels)
         self._scratch = cupy.empty(0, np.uint16)
         self._device = device
@@ -122,7 +123,7 @@ class Products:
             self._few(x, linear.weight, linear.bias, out)
             return
         if not prompts and self._streams is not None and self._streams.takes(linear.weight):
-            self._streams.load(floats, self._expected[floats])
+            self._streams.load(linear.weight, floats, self._expected[floats])
             self._streams(x, linear.weight, linear.bias, out)
             return
         if linear.coded:

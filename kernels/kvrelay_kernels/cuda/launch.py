@@ -11,9 +11,10 @@ on stream capture takes that down as it is. Kernels with these two calls (`sourc
   *and before it writes anything that an earlier kernel may still read or write*.
 - What the wait makes visible is read by plain loads, asynchronous copies or bulk copies, never by `__ldg` or
   `load_once`: the compiler may put those ahead of the wait, and the cache behind them is not emptied by it.
-- Before the wait nothing may be read but what no kernel of a step writes: weights and tables of angles, by
-  any load; and what a copy from the host brought, by bulk copies or `load_fresh` alone (the first-level cache
-  may still hold what lay there a step ago). Kernels wait for copies whole.
+- Before the wait nothing may be read but what no kernel of a step writes: weights (loading ends when they are
+  written) and tables of angles, by any load; and what a copy from the host brought, by bulk copies or
+  `load_fresh` alone (the first-level cache may still hold what lay there a step ago). Kernels wait for copies
+  whole, so that with a copy between two steps the second's kernels may also read what the first has left.
 - `release_dependents()` comes first of all: it only lets the next kernel in, and makes nothing visible. The
   next one's thread blocks take room only once all of this one's have begun.
 

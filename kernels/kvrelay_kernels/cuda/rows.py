@@ -98,7 +98,8 @@ class RowKernels:
         width = out.shape[1]
         threads = min(512, -(-width // 128) * 32)
         data = (table.codes, table.factors) if coded else (table, 0)
-        kernel((len(out),), (threads,), (*data, ids, np.float32(scale), np.int32(width), out))
+        unit = table.unit if coded else 1
+        kernel((len(out),), (threads,), (*data, ids, np.float32(scale * unit), np.int32(width), out))
 
     def norm(self, x: Any, weight: Any, eps: float, out: Any, y: Any = None, total: Any = None) -> None:
         """RMS norm of `x`, or of `x + y`, which goes to `total` then; float32 `x` is a residual stream."""

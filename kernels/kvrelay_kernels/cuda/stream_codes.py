@@ -7,29 +7,77 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.clusters import PORTABLE, Rooms, find_rooms
 from kvrelay_kernels.cuda.coded_matrix import TILE_ROWS, UNIT_COLUMNS, CodedMatrix, Form
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE
+from kvrelay_kernels.cuda.tensor_map import planes_map
 from kvrelay_kernels.quant.formats import Element
 
 MOST_ROWS = 64
 """Of x in one launch."""
 COLUMNS = (8, 16, 32, 64)
 """To which rows of x are padded."""
-CONSUMERS = 512
-"""Threads that multiply: 16 warps, each a tile of the weight's rows."""
-BAND_ROWS = CONSUMERS // 32 * TILE_ROWS
-THREADS = CONSUMERS + 32 + 32 * 3
-"""One warp more for the weight, three for x."""
-SHARED_BYTES = 184 << 10
+TILES = range(2, 17, 2)
+"""Of 16 weight rows in a band: each has a warp, and warps come in groups of four."""
+ROW_WARPS = {8: 8, 16: 4, 32: 7, 64: 7}
+"""That bring x; one more brings the weight."""
+ROW_DEPTH = {8: 3, 16: 3, 32: 2, 64: 2}
+"""Passes of x, of 8 or 16 rows of 64 columns, that each of them has asked for ahead."""
+SHARED_BYTES = 190 << 10
 """Small kernels find room beside it."""
-LEAST_STAGES = 4
-ROW_WARPS = 3
-ROW_DEPTH = {8: 6, 16: 4, 32: 6, 64: 8}
-"""Passes of x, of 8 or 16 rows of 64 columns, that each warp that brings it has asked for ahead."""
-NIBBLES = 0x000F000F
-MOST_BANDS = 4096
-"""Of 256 rows."""
+USUAL_WARPS = 10
+"""With fewer that have a tile, a thread block does not keep up with memory."""
+ENOUGH_STAGES = 3
+STAGE = 0.5
+"""What a stage costs beside its units, in units of each group of warps."""
+GROUPS_MEET, BLOCKS_MEET = 20, 40
+"""What it costs groups of warps, or thread blocks, to add up their sums, in units of a tile."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a matrix is cut; it decides the order of sums, so it must not depend on x."""
+
+    tiles: int
+    """Of 16 rows in a band, one of `TILES`."""
+    cluster: int
+    """Thread blocks that share a band's columns."""
+
+    @property
+    def groups(self) -> int:
+        """Of warps that take units of a narrow band by turns."""
+        return 4 // -(-self.tiles // 4)
+
+    @property
+    def band_rows(self) -> int:
+        """Rows of the matrix in a band."""
+        return TILE_ROWS * self.tiles
+
+    def threads(self, columns: int) -> int:
+        """Of a thread block, for so many rows of x."""
+        return 32 * (-(-self.tiles // 4) * 4 * self.groups + 1 + ROW_WARPS[columns])
+
+
+@cache
+def best_cut(n: int, k: int, rooms: tuple[tuple[int, int], ...]) -> Cut:
+    """The cut of a matrix `[n, k]` with the least work for the busiest thread block.
+
+    `rooms`: sizes of clusters, and how many of each run at once.
+    """
+    units = -(-k // UNIT_COLUMNS)
+
+    def cost(cut: Cut, room: int) -> float:
+        rounds = -(-n // cut.band_rows) / room
+        meeting = BLOCKS_MEET if cut.cluster > 1 else GROUPS_MEET if cut.groups > 1 else 0
+        if meeting and (rounds > 1 or cut.cluster > units):
+            return float("inf")
+        slowness = max(1.0, USUAL_WARPS / (cut.tiles * cut.groups))
+        return slowness * cut.tiles * -(-units // cut.cluster) * -(-rounds // 1) + meeting
+
+    cuts = [(cost(Cut(tiles, size), room), -tiles, size) for size, room in rooms for tiles in TILES if room]
+    _, tiles, size = min(cuts)
+    return Cut(-tiles, size)
 
 
 @dataclass(frozen=True)
@@ -42,14 +90,18 @@ class StreamShape:
     """Of 64 columns of the weight, in a stage of the ring."""
     stages: int
 
-    def key(self, form: Form, element: Element, float_out: bool, arch: str = ARCHITECTURE) -> KernelKey:
+    def key(
+        self, form: Form, cut: Cut, element: Element, float_out: bool, arch: str = ARCHITECTURE
+    ) -> KernelKey:
         """The kernel for a form of weight; `element` is that of x and out."""
         constants = form.constants | {
+            "TILES": cut.tiles,
+            "CLUSTER": cut.cluster,
             "COLUMNS": self.columns,
             "STAGE_UNITS": self.stage_units,
             "STAGES": self.stages,
+            "ROW_WARPS": ROW_WARPS[self.columns],
             "ROW_DEPTH": ROW_DEPTH[self.columns],
-            "THREADS": THREADS,
             "SHARED_BYTES": SHARED_BYTES,
             "BFLOAT": element == "bfloat16",
             "FLOAT_OUT": float_out,
@@ -57,24 +109,28 @@ class StreamShape:
         return KernelKey.of("stream_codes", constants, arch)
 
 
-def stream_shape(form: Form, columns: int) -> StreamShape:
-    """Stages as large as they can be with `LEAST_STAGES` of them."""
-    of_weight = BAND_ROWS * UNIT_COLUMNS * form.bits // 8 + CONSUMERS * form.factor_words
-    row_bytes = ROW_WARPS * ROW_DEPTH[columns] * min(columns, 16) * 128
-    for units in (4, 2, 1):
-        stage = units * (128 * columns + of_weight)
-        extra = 4 * units * columns + 32  # powers of two that rows were scaled by, barriers
-        stages = (SHARED_BYTES - 16 - row_bytes) // (stage + extra)
-        if stages >= LEAST_STAGES:
-            return StreamShape(columns, units, stages)
-    raise ValueError(f"a stage of {form} does not fit")
+def stream_shape(form: Form, cut: Cut, columns: int, units: int) -> StreamShape:
+    """Stages for `units` of a band in each thread block: large, but not much more of them than it takes."""
+    of_rows = ROW_WARPS[columns] * ROW_DEPTH[columns] * min(columns, 16) * 128
+    of_weight = cut.tiles * (128 * form.bits + 32 * form.factor_words)
+    found: list[tuple[bool, float, int, int]] = []
+    for each in (16, 8, 4, 2, 1):
+        stage = -(-each * (128 * columns + of_weight) // 1024) * 1024
+        extra = 4 * each * columns + 48  # powers of two that rows were scaled by, barriers
+        stages = (SHARED_BYTES - of_rows) // (stage + extra)
+        if stages >= 2 and each % cut.groups == 0:
+            cost = -(-units // each) * (each + STAGE * cut.groups)
+            found.append((stages < ENOUGH_STAGES, cost, each, stages))
+    if not found:
+        raise ValueError(f"a stage of {form} does not fit")
+    return StreamShape(columns, *min(found)[2:])
 
 
 class StreamCodes:
     """Products of x with matrices of codes, on CuPy's current stream; neither allocates nor waits.
 
     The matrix is rounded to halves, whatever x is. A row's bits depend neither on the number of rows nor on
-    the others, but on the number of multiprocessors.
+    the others, but on the size of the matrix and on the device.
     """
 
     def __init__(
@@ -82,24 +138,25 @@ class StreamCodes:
         element: Element,
         kernels: KernelCache,
         processors: int,
-        arrays: Any,
-        shape_of: Callable[[Form, int], StreamShape] = stream_shape,
+        rooms: Rooms | None = None,
+        shape_of: Callable[[Form, Cut, int, int], StreamShape] = stream_shape,
     ) -> None:
-        """`processors` of the device share the work; `arrays`: the library, CuPy, or NumPy in tests."""
+        """`rooms`: clusters that run at once, by their size; None: as many as the device says."""
         self._processors = processors
-        self._pieces = arrays.empty((2 * processors, BAND_ROWS, MOST_ROWS), np.float32)
-        self._arrivals = arrays.zeros(MOST_BANDS, np.uint32)
+        self._rooms = rooms
 
         @cache
-        def kernel(form: Form, float_out: bool, columns: int) -> Any:
-            return kernels.load(shape_of(form, columns).key(form, element, float_out), SHARED_BYTES)
+        def kernel(form: Form, cut: Cut, float_out: bool, columns: int, units: int) -> tuple[Any, int]:
+            shape = shape_of(form, cut, columns, units)
+            loaded = kernels.load(shape.key(form, cut, element, float_out), SHARED_BYTES)
+            return loaded, shape.stage_units
 
         self._kernel = kernel
 
     @staticmethod
     def takes(weight: Any) -> bool:
         """Whether it multiplies with a weight."""
-        return isinstance(weight, CodedMatrix) and weight.shape[0] <= MOST_BANDS * BAND_ROWS
+        return isinstance(weight, CodedMatrix)
 
     def __call__(self, x: Any, weight: CodedMatrix, bias: Any, out: Any) -> None:
         """Write `x @ weight.T (+ bias)` to `out`.
@@ -115,17 +172,33 @@ class StreamCodes:
 
     def load(self, weight: CodedMatrix, float_out: bool, rows: int) -> None:
         """Have the kernels for 1 up to `rows` rows compiled."""
+        cut, units = self._cut(weight)
         for columns in COLUMNS:
-            self._kernel(weight.form, float_out, columns)
+            self._kernel(weight.form, cut, float_out, columns, units)
             if columns >= rows:
                 return
 
+    def _cut(self, weight: CodedMatrix) -> tuple[Cut, int]:
+        """The cut of a matrix, and how many units of a band a thread block has."""
+        if self._rooms is None:
+            most = Cut(TILES[-1], 1)
+            kernel, _ = self._kernel(weight.form, most, False, COLUMNS[0], 1)
+            rooms = find_rooms(kernel, most.threads(COLUMNS[0]), SHARED_BYTES, range(2, PORTABLE + 1))
+            self._rooms = {1: self._processors, **rooms}
+        cut = best_cut(*weight.shape, tuple(self._rooms.items()))
+        return cut, -(-weight.shape[1] // (UNIT_COLUMNS * cut.cluster))
+
     def _launch(self, x: Any, weight: CodedMatrix, bias: Any, out: Any) -> None:
         n, k = weight.shape
+        cut, units = self._cut(weight)
         columns = next(columns for columns in COLUMNS if columns >= len(x))
-        kernel = self._kernel(weight.form, out.dtype == np.float32, columns)
-        units = -(-n // BAND_ROWS) * -(-k // UNIT_COLUMNS)
-        sizes = map(np.int32, (len(x), n, k))
-        arguments = (x, weight.codes, weight.factors, 0 if bias is None else bias, *sizes)
-        places = (self._pieces, self._arrivals, np.uint32(NIBBLES), out)
-        kernel((min(self._processors, units),), (THREADS,), (*arguments, *places), shared_mem=SHARED_BYTES)
+        kernel, stage_units = self._kernel(weight.form, cut, out.dtype == np.float32, columns, units)
+        box = (cut.tiles // 2, stage_units)
+        maps = (planes_map(weight.codes, box), planes_map(weight.factors, box))
+        bands = -(-n // cut.band_rows)
+        blocks = bands * cut.cluster if cut.cluster > 1 else min(bands, self._processors)
+        arguments = (
+            x, *maps, 0 if bias is None else bias, np.int32(len(x)), np.int32(n),
+            np.int32(k), np.float32(weight.unit), out,
+        )  # fmt: skip
+        kernel((blocks,), (cut.threads(columns),), arguments, shared_mem=SHARED_BYTES)

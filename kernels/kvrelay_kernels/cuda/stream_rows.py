@@ -1,5 +1,6 @@
 """Products of few rows with 16-bit weights on Hopper, at the speed of reading (`sources/stream_rows.cu`)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,77 +13,91 @@ from kvrelay_kernels.quant.formats import Element
 
 ARCHITECTURE = "sm_90a"
 """The only one that has the instructions."""
-PANEL_COLUMNS = ROW_BYTES // 2
 COLUMNS = (8, 16, 32, 64, 128)
 """Rows of x for which there are kernels."""
 MOST_ROWS = COLUMNS[-1]
 """Of x in one launch."""
-CONTROL_BYTES = 512
-MOST_TILES = 4096
-PIECES = 2
-"""Tiles that a thread block has in part, at most."""
+GROUP_ROWS = 64
+"""Of the weight, that a warpgroup multiplies."""
+MOST_TILE_ROWS = 128
+UNIT_ROWS = 8
+"""Tiles are multiples of so many rows, as the copy engine swizzles them."""
+RING_BYTES = 184 << 10
+"""Of shared memory; what is left serves the small kernels that run beside."""
+PLACE_BYTES = 20 << 10
+"""Of the ring that are filled, and multiplied, at once; about."""
+CONTROL_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class StreamShape:
-    """How the work is spread; `groups` and `blocks_per_sm` decide where sums are cut, so the last bits."""
+    """How the work is spread. No choice here changes a bit of a result."""
 
-    groups: int
-    """Of 64 weight rows: what a thread block works on at once."""
-    blocks_per_sm: int
-    ring_bytes: int
-    """Of shared memory, for a thread block."""
+    tile_rows: int
+    """Of the weight: what a thread block works on at once."""
+    columns: int
+    """Rows of x, one of `COLUMNS`."""
+    panels: int
+    """Of 64 columns, that a place in the ring has."""
+    ring_bytes: int = RING_BYTES
 
     @property
-    def tile_rows(self) -> int:
-        """Weight rows of a tile."""
-        return 64 * self.groups
+    def groups(self) -> int:
+        """Warpgroups that multiply."""
+        return -(-self.tile_rows // GROUP_ROWS)
 
     @property
     def threads(self) -> int:
         """Of a thread block: the warpgroups that multiply, and a warp that copies."""
         return 128 * self.groups + 32
 
-    def stages(self, columns: int) -> int:
-        """Places in the ring for `columns` rows of x."""
-        return self.ring_bytes // self._stage_bytes(columns)
+    @property
+    def stages(self) -> int:
+        """Places in the ring."""
+        return self.ring_bytes // self._stage_bytes
 
-    def shared_bytes(self, columns: int) -> int:
-        """Dynamic shared memory of a thread block."""
-        return self.stages(columns) * self._stage_bytes(columns) + CONTROL_BYTES
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; warpgroups read behind the rows of a tile."""
+        behind = (GROUP_ROWS * self.groups - self.tile_rows) * ROW_BYTES
+        return self.stages * self._stage_bytes + max(CONTROL_BYTES, behind)
 
-    def _stage_bytes(self, columns: int) -> int:
-        return (self.tile_rows + columns) * ROW_BYTES
+    @property
+    def _stage_bytes(self) -> int:
+        return self.panels * (self.tile_rows + self.columns) * ROW_BYTES
 
-    def key(self, columns: int, element: Element, float_out: bool, arch: str = ARCHITECTURE) -> KernelKey:
-        """The kernel for up to `columns` rows of x."""
+    def key(self, element: Element, float_out: bool, arch: str = ARCHITECTURE) -> KernelKey:
+        """The kernel."""
         constants = {
-            "GROUPS": self.groups,
-            "COLUMNS": columns,
-            "STAGES": self.stages(columns),
+            "TILE_ROWS": self.tile_rows,
+            "PANELS": self.panels,
+            "COLUMNS": self.columns,
+            "STAGES": self.stages,
             "CONTROL_BYTES": CONTROL_BYTES,
             "BFLOAT": element == "bfloat16",
             "FLOAT_OUT": float_out,
         }
         return KernelKey.of("stream_rows", constants, arch)
 
-    def tiles(self, n: int) -> int:
-        """Tiles of a weight of `n` rows."""
-        return -(-n // self.tile_rows)
-
-    def blocks(self, n: int, k: int, processors: int) -> int:
-        """Thread blocks for a weight, at least a unit each."""
-        return min(processors * self.blocks_per_sm, self.tiles(n) * -(-k // PANEL_COLUMNS))
+    def blocks(self, n: int, processors: int) -> int:
+        """Thread blocks for `n` weight rows, each with the same number of tiles but for one."""
+        tiles = -(-n // self.tile_rows)
+        return -(-tiles // -(-tiles // processors))
 
 
-SHAPE = StreamShape(groups=2, blocks_per_sm=1, ring_bytes=184 << 10)
+def stream_shape(n: int, columns: int, processors: int) -> StreamShape:
+    """The choice for `n` weight rows: each multiprocessor has its share, in as few tiles as may be."""
+    share = -(-n // processors)
+    tiles = -(-share // MOST_TILE_ROWS)
+    tile_rows = -(-share // (tiles * UNIT_ROWS)) * UNIT_ROWS
+    panels = max(1, PLACE_BYTES // ((tile_rows + columns) * ROW_BYTES))
+    return StreamShape(tile_rows, columns, panels)
 
 
 class StreamRows:
     """Products of x with 16-bit weights, on CuPy's current stream; neither allocates nor waits.
 
-    A row's bits depend neither on the number of rows nor on the others. One instance's calls follow each
-    other.
+    A row's bits depend neither on the number of rows nor on the others.
     """
 
     def __init__(
@@ -90,25 +105,20 @@ class StreamRows:
         element: Element,
         kernels: KernelCache,
         processors: int,
-        arrays: Any,
-        shape: StreamShape = SHAPE,
+        shape_of: Callable[[int, int, int], StreamShape] = stream_shape,
     ) -> None:
-        """`processors` of the device share the work; `arrays`: the library, CuPy, or NumPy in tests."""
-        self._processors, self._shape = processors, shape
-        most_blocks = processors * shape.blocks_per_sm
-        self._pieces = arrays.empty((PIECES * most_blocks, shape.tile_rows, MOST_ROWS), np.float32)
-        self._arrivals = arrays.zeros(MOST_TILES, np.uint32)
+        """`processors` of the device share the work."""
+        self._processors, self._shape_of = processors, cache(shape_of)
 
         @cache
-        def kernel(float_out: bool, columns: int) -> Any:
-            return kernels.load(shape.key(columns, element, float_out), shape.shared_bytes(columns))
+        def kernel(shape: StreamShape, float_out: bool) -> Any:
+            return kernels.load(shape.key(element, float_out), shape.shared_bytes)
 
         self._kernel = kernel
 
     def takes(self, weight: Any) -> bool:
         """Whether it multiplies with a weight, uint16 `[n, k]`: rows must be multiples of 16 bytes."""
-        n, k = weight.shape
-        return k % 8 == 0 and self._shape.tiles(n) <= MOST_TILES
+        return weight.shape[1] % 8 == 0
 
     def __call__(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
         """Write `x @ weight.T (+ bias)` to `out`.
@@ -125,21 +135,21 @@ class StreamRows:
         for start in range(0, len(x), MOST_ROWS):
             self._launch(x[start : start + MOST_ROWS], weight, bias, out[start : start + MOST_ROWS])
 
-    def load(self, float_out: bool, rows: int) -> None:
+    def load(self, weight: Any, float_out: bool, rows: int) -> None:
         """Have the kernels for 1 up to `rows` rows compiled."""
         for columns in COLUMNS:
-            self._kernel(float_out, columns)
+            self._kernel(self._shape_of(weight.shape[0], columns, self._processors), float_out)
             if columns >= rows:
                 return
 
     def _launch(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
         n, k = weight.shape
         columns = next(columns for columns in COLUMNS if columns >= len(x))
-        shape = self._shape
+        shape = self._shape_of(n, columns, self._processors)
+        kernel = self._kernel(shape, out.dtype == np.float32)
         args = (
             matrix_map(x, columns), matrix_map(weight, shape.tile_rows), 0 if bias is None else bias, out,
-            self._pieces, self._arrivals, *map(np.int32, (len(x), n, k)),
+            *map(np.int32, (len(x), n, k)),
         )  # fmt: skip
-        kernel = self._kernel(out.dtype == np.float32, columns)
-        grid = (shape.blocks(n, k, self._processors),)
-        kernel(grid, (shape.threads,), args, shared_mem=shape.shared_bytes(columns))
+        grid = (shape.blocks(n, self._processors),)
+        kernel(grid, (shape.threads,), args, shared_mem=shape.shared_bytes)

@@ -18,7 +18,9 @@ MAP_BYTES = 128
 MATRICES = 4096
 """Whose maps are kept."""
 
-_UINT8, _UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _ZERO_FILL = 0, 1, 0, 3, 3, 0
+_UINT8, _UINT16, _UINT64, _NO_INTERLEAVE, _ZERO_FILL = 0, 1, 4, 0, 0
+_PROMOTE_128B, _PROMOTE_256B = 2, 3
+_NOT_SWIZZLED, _SWIZZLE_128B = 0, 3
 
 
 def tensor_map(address: int, nbytes: int, box_rows: int) -> Any:
@@ -63,10 +65,32 @@ def matrix_map(matrix: Any, box_rows: int) -> np.void:
     return _matrix_map(matrix.data.ptr, rows, columns, box_rows)
 
 
+def planes_map(array: Any, box: tuple[int, int]) -> np.void:
+    """A tensor map, itself a kernel's parameter, of bytes in three dimensions, not swizzled.
+
+    Args:
+        array: `[planes, rows, ...]` on the device; what lies behind is at most 2048 bytes, and a multiple of
+            16. Outside of it, boxes are zeros.
+        box: its planes and rows, at most 256 each.
+
+    Raises:
+        KernelError: the driver refused; the message holds its code.
+    """
+    planes, rows = array.shape[:2]
+    return _planes_map(array.data.ptr, planes, rows, array.nbytes // (planes * rows), box)
+
+
+@lru_cache(MATRICES)
+def _planes_map(address: int, planes: int, rows: int, width: int, box: tuple[int, int]) -> np.void:
+    sizes, strides = (width // 8, rows, planes), (width, width * rows)
+    return np.void(_describe(_UINT64, address, sizes, strides, (width // 8, box[1], box[0]), _NOT_SWIZZLED))
+
+
 @lru_cache(MATRICES)
 def _matrix_map(address: int, rows: int, columns: int, box_rows: int) -> np.void:
     box = (ROW_BYTES // 2, box_rows)
-    return np.void(_describe(_UINT16, address, (columns, rows), (2 * columns,), box))
+    sizes, strides = (columns, rows), (2 * columns,)
+    return np.void(_describe(_UINT16, address, sizes, strides, box, promotion=_PROMOTE_128B))
 
 
 def _encode(
@@ -81,9 +105,15 @@ def _encode(
 
 
 def _describe(
-    kind: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    kind: int,
+    address: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int = _SWIZZLE_128B,
+    promotion: int = _PROMOTE_256B,
 ) -> bytes:
-    """Have the driver describe an array.
+    """Have the driver describe an array; `promotion`: what the second-level cache asks for at once.
 
     Source: CUDA driver API, tensor map object management.
     """
@@ -100,8 +130,8 @@ def _describe(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(_NO_INTERLEAVE),
-        ctypes.c_int(_SWIZZLE_128B),
-        ctypes.c_int(_PROMOTE_256B),
+        ctypes.c_int(swizzle),
+        ctypes.c_int(promotion),
         ctypes.c_int(_ZERO_FILL),
     )
     if code:

@@ -50,16 +50,32 @@ static bool run_cluster(int count, int x, int y, int threads) {
 }  // namespace host
 
 static u32 cluster_rank() { return host::rank; }
-static void meet_cluster() {
+static void wait_for_cluster() {
     host::gate.arrived++;
     host::give_way(host::gate);
 }
-static void part_cluster() { meet_cluster(); }
-static float2 load_remote(const float2* p, u32 rank) {
+static void arrive_in_cluster() {}
+static void meet_cluster() { wait_for_cluster(); }
+static void part_cluster() { wait_for_cluster(); }
+template <class T>
+static T load_remote(const T* p, u32 rank) {
     const u32 address = shared_address(p);
-    host::at_shared(address, sizeof *p, alignof(float2));
+    host::at_shared(address, sizeof *p, alignof(T));
     if (rank >= host::members.size()) host::stop("a thread block outside the cluster");
     const u8* memory = int(rank) == host::rank ? host::shared : host::members[rank].shared.data();
-    float2 v;
+    T v;
     return std::memcpy(&v, memory + address, sizeof v), v;
 }
+static void push(float2* p, float2 v, u32 barrier, u32 rank) {
+    const u32 address = shared_address(p);
+    host::at_shared(address, sizeof v, alignof(float2));
+    if (rank >= host::members.size()) host::stop("a thread block outside the cluster");
+    const bool own = int(rank) == host::rank;
+    auto& barriers = own ? host::bulk_barriers : host::members[rank].barriers;
+    const auto found = barriers.find(barrier);
+    if (found == barriers.end()) host::stop("a barrier that nobody has created");
+    std::memcpy((own ? host::shared : host::members[rank].shared.data()) + address, &v, sizeof v);
+    found->second.pushed_bytes += sizeof v;
+}
+// The other thread blocks have their turn before.
+static void wait_pushed(u32 barrier, u32 phase) { wait_for_cluster(), host::bulk_barrier(barrier).wait(phase); }

@@ -49,6 +49,10 @@ static int load_fresh(const int* from) { return __ldg(from); }
 static u32 load_fresh(const u32* from) { return __ldg(from); }
 static uint2 load_fresh(const uint2* from) { return __ldg(from); }
 static uint4 load_fresh(const uint4* from) { return __ldg(from); }
+template <class T>
+static T load_near(const T* from) {
+    return __ldg(from);
+}
 static uint4 load_once(const uint4* from) { return __ldg(from); }
 static uint2 load_once(const uint2* from) { return __ldg(from); }
 static u32 arrive(u32* counter, u32 limit) {
@@ -156,6 +160,7 @@ static u32 e4m3_pair(float low, float high) { return e4m3_code(low) | e4m3_code(
 // Fibers give way at barriers alone: what is plain is atomic.
 template <class T>
 static T atomicAdd(T* to, T x) { return std::exchange(*to, *to + x); }
+static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 static int __ffs(int x) { return __builtin_ffs(x); }
 static u64 __umul64hi(u64 a, u64 b) { return (unsigned __int128)a * b >> 64; }
 static u64 __double2ull_rn(double x) { return u64(std::nearbyint(x)); }

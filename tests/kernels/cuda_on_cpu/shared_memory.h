@@ -35,14 +35,15 @@ static std::vector<Groups> groups;
 
 // A barrier of the copy engine: a phase ends when all have arrived and all bytes that they expect are there.
 struct BulkBarrier : Barrier {
-    int count, expected_bytes = 0, waiting = 0;
+    int count, expected_bytes = 0, pushed_bytes = 0, waiting = 0;
     std::vector<Copy> coming;
 
     bool complete() {
-        if (arrived < count || int(coming.size()) * 16 < expected_bytes) return false;
-        if (int(coming.size()) * 16 > expected_bytes) stop("more bytes come to a barrier than it expects");
+        const int bytes = int(coming.size()) * 16 + pushed_bytes;
+        if (arrived < count || bytes < expected_bytes) return false;
+        if (bytes > expected_bytes) stop("more bytes come to a barrier than it expects");
         for (const Copy& copy : coming) copy.land();
-        coming.clear(), arrived = 0, expected_bytes = 0, generation++;
+        coming.clear(), arrived = 0, expected_bytes = 0, pushed_bytes = 0, generation++;
         return true;
     }
     void arrive(int bytes) {
@@ -76,6 +77,12 @@ struct BoxMap {
 struct MatrixMap {
     const u8* bytes;
     u64 rows, columns, box_rows;
+};
+
+// The same of bytes in three dimensions.
+struct PlanesMap {
+    const u8* bytes;
+    u64 planes, rows, width, box_planes, box_rows;
 };
 
 static void begin_shared(int threads) {
@@ -140,6 +147,7 @@ static void order_before_bulk() {}
 static void expect_bytes(u32 barrier, int bytes) { host::bulk_barrier(barrier).arrive(bytes); }
 static void wait_barrier(u32 barrier, u32 phase) { host::bulk_barrier(barrier).wait(phase); }
 static u32 swizzled(u32 offset) { return offset ^ (offset >> 3 & 0x70); }
+template <bool once = false>
 static void copy_box(u32 to, const void* given, int row, u32 barrier) {
     static const u8 zeros[16] = {};
     const auto& map = *static_cast<const host::BoxMap*>(given);
@@ -162,6 +170,18 @@ static void copy_box(u32 to, const void* given, int column, int row, u32 barrier
         const u8* from = inside ? map.bytes + 2 * (at_row * map.columns + at_column) : zeros;
         host::bulk_barrier(barrier).bring({there, from, 16});
     }
+}
+static void copy_box_once(u32 to, const void* map, int column, int row, u32 barrier) { copy_box(to, map, column, row, barrier); }
+static void copy_planes_once(u32 to, const void* given, int row, int plane, u32 barrier) {
+    static const u8 zeros[16] = {};
+    const auto& map = *reinterpret_cast<const host::PlanesMap*>(given);
+    if (to % 128) host::stop("a box begins at a misaligned address");
+    for (u64 p = plane; p < plane + map.box_planes; p++)
+        for (u64 r = row; r < row + map.box_rows; r++)
+            for (u32 n = 0; n < map.width; n += 16, to += 16) {
+                const u8* from = p < map.planes && r < map.rows ? map.bytes + (p * map.rows + r) * map.width + n : zeros;
+                host::bulk_barrier(barrier).bring({host::at_shared(to, 16, 16), from, 16});
+            }
 }
 static void copy_bytes(u32 to, const u8* from, int bytes, u32 barrier) {
     if (bytes % 16 || u64(from) % 16) host::stop("a bulk copy of misaligned bytes");

@@ -1,9 +1,9 @@
 // Attention of prompts over the paged 16-bit cache, on Hopper: tiles of 128 queries visit the key tiles on their list.
 //
 // Three warpgroups stay on a multiprocessor. One feeds shared memory by the copy engine. Two multiply, 64 query rows
-// each: the scores of the next step and this step's values are on the tensor cores while exponents are taken, and
-// where one warpgroup waits, the other works. Source of the schedule: FlashAttention-3 (Shah et al., 2024), without
-// its barriers between the warpgroups, which gained nothing here.
+// each: the scores of the next step and this step's values are on the tensor cores while exponents are taken, those of
+// the next query tile while rows are written, and where one warpgroup waits, the other works. Source of the schedule:
+// FlashAttention-3 (Shah et al., 2024), without its barriers between the warpgroups, which gained nothing here.
 // A row's sums run over its keys in one order, from the last tile to the first, wherever its tile begins.
 #include "sparse_feed.cuh"
 #include "sparse_softmax.cuh"
@@ -25,6 +25,10 @@ DEVICE void start_scores(float (&s)[step / 2], u64 q, u64 k) {
     }
     close_products();
 }
+
+// Whether keys of a step are hidden from some row, as the compiler knows it: where none are, its loop stays short.
+struct Masked { static constexpr bool some = true; };
+struct Whole { static constexpr bool some = false; };
 
 // Adds a step's values, weighted, to the output.
 DEVICE void start_output(float (&o)[outputs][columns / 2], const u32 (&p)[step / 4], u64 v) {
@@ -81,87 +85,158 @@ DEVICE void write_rows(const Arguments& a, const Item& item, int head, u8* queri
     }
 }
 
-DEVICE void multiply_tiles(const Arguments& a, Control& control) {
+// Rows that see no key at all.
+DEVICE void write_zeros(const Arguments& a, const Item& item, int head, int group) {
+    constexpr int vectors = head_dim / 8;
+    for (int n = threadIdx.x % group_threads; n < 64 * vectors; n += group_threads) {
+        const int row = group * 64 + n / vectors;
+        if (row >= item.rows) continue;
+        *reinterpret_cast<uint4*>(a.out + ((u64)(item.row + row) * heads + head) * head_dim + n % vectors * 8) = uint4{};
+    }
+}
+
+DEVICE void multiply_tiles(const Arguments& a, u8* memory, Control& control) {
     const int lane = threadIdx.x % 32;
     const int group = __shfl_sync(every_lane, threadIdx.x / group_threads, 0) - 1;  // tells the compiler: for all
     const int row = group * 64 + threadIdx.x % group_threads / 32 * 16 + lane / 4;
     const u32 base = shared_address(memory);
-    const u64 keys = describe(base + keys_at, 16, unit), values = describe(base + values_at, key_panel, unit);
-    Turn<stages> k, v;
+    const u64 queries = describe(base + group * 64 * 128, 16, unit), keys = describe(base + keys_at, 16, unit);
+    const u64 values = describe(base + values_at, key_panel, unit);
+    Turn<k_stages> k;
+    Turn<v_stages> v;
+    Turn<slots> slot;
 
-    for (Turn<slots> slot;; slot.next()) {
+    const auto take_item = [&] {
         wait_barrier(shared_address(control.q_full + slot.at), slot.phase);
-        const Item item = control.items[slot.at];
-        const int head = control.heads[slot.at];
+        Item item = control.items[slot.at];
+        item.tiles = __shfl_sync(every_lane, item.tiles, 0);  // as above
+        return item;
+    };
+    const auto free_slot = [&](const Turn<slots>& place) {
+        __syncwarp();
+        if (lane == 0) arrive_at(shared_address(control.slot_empty + place.at));
+    };
+    float s[step / 2];
+    int entry;  // of the step whose scores come next
+    const auto wait_keys = [&] {
+        wait_barrier(shared_address(control.k_full + k.at), k.phase);
+        entry = control.entries[k.at];
+    };
+    const auto start_step = [&] {
+        hold(s);
+        start_scores(s, queries + moved(slot.at * query_bytes), keys + moved(k.at * key_bytes));
+    };
+
+    for (;;) {
+        Item item = take_item();
+        int head = control.heads[slot.at];
         if (item.tiles < 0) return;
-        const u64 queries = describe(base + slot.at * query_bytes + group * 64 * 128, 16, unit);
-        Softmax softmax(item, row, control.low[slot.at][row], control.low[slot.at][row + 8]);
-        float s[step / 2], o[outputs][columns / 2], factor[2];
-        u32 p[step / 4];
-#pragma unroll
-        for (int part = 0; part < outputs; part++) {
-#pragma unroll
-            for (int i = 0; i < columns / 2; i++) o[part][i] = 0;
+        if (item.tiles == 0) {
+            write_zeros(a, item, head, group);
+            free_slot(slot);
+            slot.next();
+            continue;
         }
-
-        const auto scores_done = [&](int& first_key) {
-            hold(s);
-            const int entry = control.entries[k.at];
-            __syncwarp();
-            if (lane == 0) arrive_at(shared_address(control.k_empty + k.at));
-            k.next();
-            first_key = entry >> 1;
-            if (entry & 1) softmax.mask(s, first_key);
-            softmax.apply(s, factor, a.scale_log2);
-        };
-        const auto wait_values = [&](int first_key) {
-            wait_barrier(shared_address(control.v_full + v.at), v.phase);
-            clear_tail(base + values_at + v.at * key_bytes, max(item.length - first_key, 0), group);
-        };
-        const auto values_done = [&] {
-            if (__all_sync(every_lane, softmax.sum[0] < 0)) __trap();  // never; a branch that the wait below does not pass
-            wait_products<0>();
-            hold_output(o);
-            if (lane == 0) arrive_at(shared_address(control.v_empty + v.at));
-            v.next();
-        };
-
-        if (const int steps = item.tiles * steps_per_tile; steps > 0) {
+        // Before the rows of a tile are written the first scores of the next one are on the tensor cores.
+        wait_keys();
+        for (start_step();;) {
+            Softmax softmax(item, row, control.low[slot.at][row], control.low[slot.at][row + 8]);
+            float o[outputs][columns / 2], factor[2];
+            u32 p[step / 4];
             int first_key;
-            wait_barrier(shared_address(control.k_full + k.at), k.phase);
-            hold(s);
-            start_scores(s, queries, keys + moved(k.at * key_bytes));
-            wait_products<0>();
-            scores_done(first_key);
-            pack_operand(p, s);
-            for (int n = 1; n < steps; n++) {
-                wait_barrier(shared_address(control.k_full + k.at), k.phase);
+            bool rescale;
+#pragma unroll
+            for (int part = 0; part < outputs; part++) {
+#pragma unroll
+                for (int i = 0; i < columns / 2; i++) o[part][i] = 0;
+            }
+            const auto mask_scores = [&] {
                 hold(s);
-                start_scores(s, queries, keys + moved(k.at * key_bytes));
-                wait_values(first_key);
+                softmax.mask(s, entry >> 1);
+            };
+            const auto take_scores = [&] {
+                hold(s);
+                __syncwarp();
+                if (lane == 0) arrive_at(shared_address(control.k_empty + k.at));
+                k.next();
+                first_key = entry >> 1;
+                rescale = softmax.find_exponents<0>(s, factor, a.scale_log2);
+                softmax.raise<0>(s, factor);
+                rescale |= softmax.find_exponents<1>(s, factor, a.scale_log2);
+            };
+            const auto pack_scores = [&](bool more) {
+                if (more) wait_keys();
+                pack_operand<0>(p, s);
+                softmax.raise<1>(s, factor);
+                pack_operand<1>(p, s);
+            };
+            const auto start_values = [&] {
+                wait_barrier(shared_address(control.v_full + v.at), v.phase);
+                clear_tail(base + values_at + v.at * key_bytes, max(item.length - first_key, 0), group);
                 hold_output(o);
                 start_output(o, p, values + moved(v.at * key_bytes));
+            };
+            const auto values_done = [&] {
+                hold_output(o);
+                if (lane == 0) arrive_at(shared_address(control.v_empty + v.at));
+                v.next();
+            };
+
+            const int steps = item.tiles * steps_per_tile;
+            const auto next_step = [&](int n, auto keys) {
+                start_step();
+                start_values();
                 wait_products<1>();
-                scores_done(first_key);
+                if constexpr (decltype(keys)::some) mask_scores();
+                take_scores();
+                if (__all_sync(every_lane, softmax.sum[0] < 0)) __trap();  // never; a branch that the wait below does not pass
+                wait_products<0>();
                 values_done();
-                pack_operand(p, s);
-                if (__any_sync(every_lane, factor[0] != 1 || factor[1] != 1)) {
+                if (rescale) {
 #pragma unroll
                     for (int part = 0; part < outputs; part++) {
 #pragma unroll
                         for (int i = 0; i < columns / 2; i++) o[part][i] *= factor[i / 2 % 2];
                     }
                 }
+                pack_scores(n + 1 < steps);
+            };
+
+            wait_products<0>();
+            if (entry & 1) mask_scores();
+            take_scores();
+            pack_scores(steps > 1);
+            for (int n = 1; n < steps;) {
+                if (entry & 1) {
+                    next_step(n++, Masked{});
+                } else {
+                    do next_step(n++, Whole{});
+                    while (n < steps && !(entry & 1));
+                }
             }
-            wait_values(first_key);
-            hold_output(o);
-            start_output(o, p, values + moved(v.at * key_bytes));
-            values_done();
+            start_values();
+            const float inverse0 = softmax.inverse(0), inverse1 = softmax.inverse(1);
+            const Turn<slots> done = slot;
+            const auto conclude = [&] {
+                values_done();
+                write_rows(a, item, head, memory + done.at * query_bytes, group, o, inverse0, inverse1);
+                free_slot(done);
+            };
+            slot.next();
+            Item next{};
+            if constexpr (slots > 1) next = take_item();
+            if (next.tiles <= 0) {
+                wait_products<0>();
+                conclude();
+                break;
+            }
+            wait_keys();
+            start_step();
+            wait_products<1>();
+            conclude();
+            item = next;
+            head = control.heads[slot.at];
         }
-        const float inverse0 = softmax.inverse(0), inverse1 = softmax.inverse(1);
-        write_rows(a, item, head, memory + slot.at * query_bytes, group, o, inverse0, inverse1);
-        __syncwarp();
-        if (lane == 0) arrive_at(shared_address(control.slot_empty + slot.at));
     }
 }
 #endif
@@ -176,10 +251,12 @@ block_sparse(const u16* q, u16* out, const void* k_map, const void* v_map, const
         prefetch_map(k_map);
         prefetch_map(v_map);
         constexpr int warps = 4 * multipliers;
-        for (int i = 0; i < stages; i++) {
+        for (int i = 0; i < k_stages; i++) {
             create_barrier(shared_address(control.k_full + i), 1);
-            create_barrier(shared_address(control.v_full + i), 1);
             create_barrier(shared_address(control.k_empty + i), warps);
+        }
+        for (int i = 0; i < v_stages; i++) {
+            create_barrier(shared_address(control.v_full + i), 1);
             create_barrier(shared_address(control.v_empty + i), warps);
         }
         for (int i = 0; i < slots; i++) {
@@ -196,7 +273,7 @@ block_sparse(const u16* q, u16* out, const void* k_map, const void* v_map, const
         else if (threadIdx.x < 64) feed_queries(a, memory, control);
     } else {
         take_registers<232>();
-        multiply_tiles(a, control);
+        multiply_tiles(a, memory, control);
     }
 #endif
 }

@@ -152,9 +152,13 @@ block_sparse_mma(const u16* q, u16* out, const u8* keys, const u8* values, const
             for (int f = 0; f < fragments; f++) {
                 float factor[2];
                 if (k.step.partial()) softmax[f].mask(s[f], key);
-                softmax[f].apply(s[f], factor, scale_log2);
-                pack_operand(p[f], s[f]);
-                if (__any_sync(every_lane, factor[0] != 1 || factor[1] != 1)) {
+                bool rescale = softmax[f].find_exponents<0>(s[f], factor, scale_log2);
+                softmax[f].raise<0>(s[f], factor);
+                rescale |= softmax[f].find_exponents<1>(s[f], factor, scale_log2);
+                softmax[f].raise<1>(s[f], factor);
+                pack_operand<0>(p[f], s[f]);
+                pack_operand<1>(p[f], s[f]);
+                if (rescale) {
 #pragma unroll
                     for (int i = 0; i < head_dim / 2; i++) o[f][i] *= factor[i / 2 % 2];
                 }

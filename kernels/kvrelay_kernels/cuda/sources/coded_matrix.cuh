@@ -11,19 +11,22 @@ constexpr int group = GROUP;  // columns that share a scale and a bias: 16, 32 o
 constexpr bool coded = bits < 16;
 
 constexpr int tile_rows = 16, unit_columns = 64, unit_steps = 4;
+constexpr int pair_tiles = 2;  // that lie side by side: unit by unit, both
 constexpr int run = coded && group == 16 ? 4 : 8;
 constexpr int unit_groups = coded ? unit_columns / group : 1;
 constexpr int unit_code_bytes = tile_rows * unit_columns * bits / 8;
 
-// Scale and bias of one group of a row: halves where that loses nothing.
+// Scale and bias of one group of a row, in the matrix's unit, that of biases 2^24 times as large: halves where that loses
+// nothing.
+constexpr float bias_unit = 16777216;
 #if WIDE_FACTORS
 using Factors = uint2;
 DEVICE float scale_of(Factors f) { return __uint_as_float(f.x); }
-DEVICE float bias_of(Factors f) { return __uint_as_float(f.y); }
+DEVICE float bias_of(Factors f) { return __uint_as_float(f.y) * bias_unit; }
 #else
 using Factors = u32;
 DEVICE float scale_of(Factors f) { return low_half(f); }
-DEVICE float bias_of(Factors f) { return high_half(f); }
+DEVICE float bias_of(Factors f) { return high_half(f) * bias_unit; }
 #endif
 constexpr int unit_factors = tile_rows * unit_groups;  // [row % 8][group][row / 8]
 
@@ -32,12 +35,17 @@ struct CodedMatrix {
     const Factors* factors;
     int units;  // of a row
 
-    // Values of a row at columns k to k + 3; k is a multiple of 4.
+    // Where a unit of a tile lies.
+    DEVICE static u64 place(int tile, int unit, int units) {
+        return ((u64)(tile / pair_tiles) * units + unit) * pair_tiles + tile % pair_tiles;
+    }
+
+    // Values of a row at columns k to k + 3, in the matrix's unit; k is a multiple of 4.
     DEVICE void values(float (&x)[4], int row, int k) const {
         const int g = row % 8, upper = row / 8 % 2, column = k % unit_columns;
         const int step = run == 8 ? column / 32 * 2 + column % 8 / 4 : column / 16;
         const int lane = 4 * g + (run == 8 ? column % 32 / 8 : column % 16 / 4);
-        const u64 unit = (u64)(row / tile_rows) * units + k / unit_columns;
+        const u64 unit = place(row / tile_rows, k / unit_columns, units);
         const u32* words = reinterpret_cast<const u32*>(codes + unit * unit_code_bytes);
         const Factors f = __ldg(factors + unit * unit_factors + (g * unit_groups + column / group) * 2 + upper);
         const u32 word = bits == 4 ? __ldg(words + 4 * lane + step) >> 4 * upper

@@ -116,6 +116,49 @@ DEVICE u32 widen_codes(u32 x) {
     return x;
 }
 
+// Four bits of a codebook, by a table in shared memory of all pairs of codes: it takes half of the selecting above off
+// the pipe that all bits go through. Each lane has a table of its own, in a bank of its own.
+template <Levels levels, int bits>
+struct TabledCodes : Codes<levels, bits> {
+    static constexpr bool tabled = false;
+    DEVICE explicit TabledCodes(u32) {}
+    DEVICE static void fill(u32, int) {}
+    DEVICE void keys(u32 (&pair)[32 / TabledCodes::width / 2], u32 word) const { this->halves(pair, word); }
+};
+constexpr int lane_table_bytes = 256 * 4, table_bytes = 32 * lane_table_bytes;
+
+template <>
+struct TabledCodes<Levels::codebook, 4> {
+    using Select = Codes<Levels::codebook, 4>;
+    static constexpr bool tabled = true;
+    static constexpr int width = Select::width;
+    static constexpr float units = Select::units, odd_units = Select::odd_units;
+    u32 column, row_bytes;  // a number that the compiler knows, it would shift by, on the busy pipe
+
+    DEVICE explicit TabledCodes(u32 table) : column(table + threadIdx.x % 32 * 4), row_bytes(in_register(128)) {}
+    DEVICE static void fill(u32 table, int threads) {
+        const Select select;
+        for (int n = threadIdx.x; n < table_bytes / 16; n += threads) {
+            const u32 codes = n / 8;
+            u32 pair[4];
+            select.halves(pair, (codes & 15) | codes >> 4 << 16);
+            store_shared4(table + 16 * n, pair[0], pair[0], pair[0], pair[0]);
+        }
+    }
+    DEVICE u32 look_up(u32 codes) const { return load_shared(codes * row_bytes + column); }
+    // Of a key, which may be paired as its codes lie: pair i is dimensions 2i and 2i + 1.
+    DEVICE void keys(u32 (&pair)[4], u32 word) const {
+        pair[0] = look_up(word & 0xff), pair[1] = look_up(permute_bytes(word, 0, 0x4441));
+        pair[2] = look_up(permute_bytes(word, 0, 0x4442)), pair[3] = look_up(word >> 24);
+    }
+    DEVICE void halves(u32 (&pair)[4], u32 word) const {
+        const u32 even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
+        const u32 evens = (even >> 16) * 16 + even, odds = (odd >> 16) * 16 + odd;
+        pair[0] = look_up(evens & 0xff), pair[1] = look_up(odds & 0xff);
+        pair[2] = look_up(permute_bytes(evens, 0, 0x4441)), pair[3] = look_up(permute_bytes(odds, 0, 0x4441));
+    }
+};
+
 // Powers of two as half pairs: 2^-n, and 2^n.
 constexpr u32 half_0 = 0x3c003c00u, half_4 = 0x2c002c00u, half_6 = 0x24002400u, half_10 = 0x14001400u, half_14 = 0x04000400u;
 constexpr u32 twice_15 = 0x78007800u;

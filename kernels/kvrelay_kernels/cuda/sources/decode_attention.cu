@@ -57,6 +57,17 @@ DEVICE void gather(const Arguments& a, const Piece& p, const Meeting& at) {
     }
 }
 
+// Slots without tokens answer zeros. A whole warp does it: few places of the plan are to be asked for by all.
+DEVICE void answer_empty(const Arguments& a, int sequences) {
+    constexpr int words = rows * kv_heads * heads_per_kv * head_dim / 2;
+    const int* list = reinterpret_cast<const int*>(a.plan + 1) + 8 * (a.ranges + sequences * kv_heads * query_tiles);
+    const int empty = load_fresh(&a.plan->empty);
+    for (int i = blockIdx.x; i < empty; i += a.ranges) {
+        u32* to = reinterpret_cast<u32*>(a.out) + (u64)load_fresh(list + i) * words;
+        for (int n = threadIdx.x % 32; n < words; n += 32) to[n] = 0;
+    }
+}
+
 // The thread block's result for a piece: output if the piece is a whole head, otherwise a partial result.
 DEVICE void conclude(const Arguments& a, const Work& s, const Meeting& at) {
     const Piece& p = s.piece;
@@ -96,30 +107,25 @@ decode_attention(const u16* q, const void* map, const u8* cache, int cache_row, 
     const Arguments a{q,     map,      cache,        cache_row,  tables, plan, out, partials,
                       stats, arrivals, table_stride, int(gridDim.x), coded ? scale_log2 * code_units : scale_log2, window};
     if (threadIdx.x == 0) prefetch_map(map);
-    const int warp = threadIdx.x / 32, blocks = gridDim.x;
+    const int warp = threadIdx.x / 32;
     const Meeting at{reinterpret_cast<float*>(memory + area_at), reinterpret_cast<float*>(memory + peaks_at),
                      reinterpret_cast<float*>(memory + sums_at)};
 
     if (plan_ahead) await_producers();
     Piece piece = load_piece(plan, blockIdx.x);
-    const int empty = load_fresh(&plan->empty);
     // A range may begin with nothing but the cost of beginning its next head.
     if (piece.blocks == 0 && piece.next >= 0) piece = load_piece(plan, piece.next);
     Work work(piece);
     Feed feed(shared_address(memory), warp);
     const bool early = Feed::begins_old(work, warp);
     if (early) feed.begin(a, work, warp);
+    if constexpr (Code::tabled) Code::fill(shared_address(memory) + table_at, warps * 32), __syncthreads();
     await_producers();
     release_dependents();  // only now: kernels behind may read the plan before their wait
-    for (int i = blockIdx.x; i < empty; i += blocks) {  // a slot without tokens answers zeros
-        constexpr int words = rows * kv_heads * heads_per_kv * head_dim / 2;
-        const int* list = reinterpret_cast<const int*>(plan + 1) + 8 * (blocks + sequences * kv_heads * query_tiles);
-        for (int n = threadIdx.x; n < words; n += warps * 32)
-            reinterpret_cast<u32*>(out)[(u64)load_fresh(list + i) * words + n] = 0;
-    }
+    if (warp == warps - 1) answer_empty(a, sequences);
     if (piece.blocks == 0) return;
 
-    Softmax softmax;
+    Softmax softmax(shared_address(memory));
     softmax.fetch(a, work);
     if (!early) feed.begin(a, work, warp);
     softmax.prepare();
@@ -128,9 +134,11 @@ decode_attention(const u16* q, const void* map, const u8* cache, int cache_row, 
         for (int n = warp; n < work.tiles; n += warps) {
             const int key0 = work.piece.first_block * block_tokens + n * tile;
             feed.wait(work.piece.length - key0);
+            if (n >= warps) feed.advance(a, work);
             softmax.attend(a, work, feed.stage(), feed.stage_scales(), key0);
-            feed.release(a, work);
+            feed.release();
         }
+        __syncwarp();
         const Work done = work;
         const bool more = work.piece.next >= 0;
         if (more) {

@@ -32,7 +32,8 @@ struct Work {
     }
 };
 
-// Asynchronous copies of this warp's tiles: as soon as a stage is read, the next tile is on its way there.
+// Asynchronous copies of this warp's tiles. A stage is filled anew when the tile behind it is there, not before: memory
+// is read the faster the fewer places are asked for at once.
 struct Feed {
     u32 ring, wide, scales, barriers;  // shared addresses
     u32 phases;                  // a bit a stage: which phase of its barrier comes next
@@ -57,7 +58,7 @@ struct Feed {
     DEVICE static int look_up(const Arguments& a, const Work& s, int first) {
         const int index = first + int(threadIdx.x & 31);
         if (index >= s.piece.blocks) return 0;
-        return load_fresh(a.tables + (u64)s.piece.sequence * a.table_stride + s.piece.first_block + index);
+        return load_near(a.tables + (u64)s.piece.sequence * a.table_stride + s.piece.first_block + index);
     }
     DEVICE int block_of(const Arguments& a, const Work& s, int index) {
         if (index >= base + 32) base += 32, here = beyond, beyond = look_up(a, s, base + 32);
@@ -78,8 +79,8 @@ struct Feed {
                     copy_bytes(to + fetched_v_at, first + v_side.codes, tile * fetched_row_bytes, barrier);
                 } else {
                     const int at = a.cache_row + block * (block_bytes / 128) + row * row_bytes / 128;
-                    copy_box(to, a.map, at + k_side.codes / 128, barrier);
-                    copy_box(to + v_at, a.map, at + v_side.codes / 128, barrier);
+                    copy_box<query_tiles == 1>(to, a.map, at + k_side.codes / 128, barrier);
+                    copy_box<query_tiles == 1>(to + v_at, a.map, at + v_side.codes / 128, barrier);
                 }
             }
         } else {
@@ -125,12 +126,13 @@ struct Feed {
         fill = drain = 0;
         next = warp, base = 0;
         here = look_up(a, s, 0), beyond = look_up(a, s, 32);
+#pragma unroll 1
         for (int i = 0; i < stages; i++) advance(a, s);
     }
 
     // Until the stage to drain is there; `valid` of its tokens exist.
     DEVICE void wait(int valid) {
-        wait_copies<stages - 1>();
+        wait_copies<stages - 2>();
         if constexpr (engine) wait_barrier(barriers + 8 * drain, phases >> drain & 1);
         phases ^= 1u << drain;
         __syncwarp();
@@ -163,10 +165,5 @@ struct Feed {
 
     DEVICE u32 stage() const { return widened ? wide : ring + drain * stage_bytes; }
     DEVICE u32 stage_scales() const { return scales + drain * scale_frames * scale_bytes; }
-    // The stage is read, and filled anew.
-    DEVICE void release(const Arguments& a, const Work& s) {
-        drain = drain + 1 == stages ? 0 : drain + 1;
-        __syncwarp();
-        advance(a, s);
-    }
+    DEVICE void release() { drain = drain + 1 == stages ? 0 : drain + 1; }
 };

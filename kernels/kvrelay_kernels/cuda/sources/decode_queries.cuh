@@ -29,20 +29,20 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < steps; i++) {
                 if constexpr (width == 16) {
-                    q[i][m] = load_fresh(from + 8 * i + t);
-                    q[i][query_halves + m] = load_fresh(from + 8 * i + 4 + t);
+                    q[i][m] = load_near(from + 8 * i + t);
+                    q[i][query_halves + m] = load_near(from + 8 * i + 4 + t);
                 } else if constexpr (width == 8) {
-                    const uint2 w = load_fresh(reinterpret_cast<const uint2*>(from) + 4 * i + t);
+                    const uint2 w = load_near(reinterpret_cast<const uint2*>(from) + 4 * i + t);
                     q[i][m] = w.x, q[i][query_halves + m] = w.y;
                 } else if (i % 2 == 0) {
-                    const uint4 w = load_fresh(reinterpret_cast<const uint4*>(from) + 2 * i + t);
+                    const uint4 w = load_near(reinterpret_cast<const uint4*>(from) + 2 * i + t);
                     q[i][m] = w.x, q[i][query_halves + m] = w.y, q[i + 1][m] = w.z, q[i + 1][query_halves + m] = w.w;
                 }
             }
         }
     }
 
-    // In the order of dimensions that Codes::halves() gives, as halves where keys are codes.
+    // In the order of dimensions that TabledCodes::keys() gives, as halves where keys are codes.
     DEVICE void prepare() {
         if constexpr (!coded) return;
 #pragma unroll
@@ -54,6 +54,8 @@ struct Queries {
                 if constexpr (width == 8) {
                     const u32 x = even, y = odd;
                     even = pair_of(x, y, 0x5410), odd = pair_of(x, y, 0x7632);
+                } else if constexpr (Code::tabled) {
+                    if (bfloat) even = pack<false>(low_bfloat(even), high_bfloat(even)), odd = pack<false>(low_bfloat(odd), high_bfloat(odd));
                 } else if (i % 2 == 0) {
                     u32& next_even = q[i + 1][m];
                     u32& next_odd = q[i + 1][query_halves + m];

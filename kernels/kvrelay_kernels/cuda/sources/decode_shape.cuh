@@ -20,7 +20,7 @@ constexpr bool scaled_codes = coded && group == 16;
 constexpr int sum_groups = scaled_codes ? 1 : groups;
 
 // Codes that straddle words are widened in shared memory before they are loaded as matrices.
-using Code = Codes<levels, bits>;
+using Code = TabledCodes<levels, bits>;
 constexpr int width = Code::width;      // of an element as it is loaded: 16, 8 or 4 bits
 constexpr bool widened = width != bits && coded;
 constexpr int fetched_row_bytes = head_dim * bits / 8, row_bytes = head_dim * width / 8;
@@ -58,6 +58,7 @@ constexpr int area_at = barriers_at + (warps * stages * 8 + 15) / 16 * 16;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
 constexpr int flag_at = sums_at + warps * query_tile * 4;
+constexpr int table_at = (flag_at + 16 + 127) / 128 * 128;
 static_assert(warps <= 16 * tiles_per_block);  // see Feed::block_of
 static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && tile * fetched_row_bytes % 16 == 0);
 

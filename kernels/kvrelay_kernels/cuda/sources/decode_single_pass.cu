@@ -6,7 +6,6 @@
 #include "decode_merge.cuh"
 
 constexpr int cluster = CLUSTER;  // thread blocks that share a head
-constexpr int stats_at = flag_at + 16;
 #if CLUSTER > 1
 #define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
 #else
@@ -15,41 +14,57 @@ constexpr int stats_at = flag_at + 16;
 
 extern __shared__ __align__(1024) u8 memory[];
 
-// This thread block's sums are added up where its first warp left them; then each takes a slice of the head from all.
+// Each thread block of a cluster answers for a slice of the head: what the others have of it comes into its inbox.
+constexpr int all_pairs = tile_queries * head_dim / 2, slice = (all_pairs + cluster - 1) / cluster;
+constexpr int inbox_at = table_at + (Code::tabled ? table_bytes : 0);  // [cluster, slice]: pairs of dimensions
+constexpr int peaks_of_all_at = inbox_at + cluster * slice * 8;        // [cluster, tile_queries]: peak, sum
+constexpr int pushed_at = peaks_of_all_at + cluster * tile_queries * 8;
+
+static_assert(cluster <= head_dim / 2);
+
+DEVICE void open_inbox(u32 memory, int rank) {
+    const int pairs = max(0, min(slice, all_pairs - rank * slice)) + tile_queries;
+    if (threadIdx.x == 0) {
+        create_barrier(memory + pushed_at);
+        publish_barriers();
+        expect_bytes(memory + pushed_at, cluster * pairs * 8);
+    }
+    __syncwarp();
+    arrive_in_cluster();
+}
+
+// This thread block's sums, added up and sent out; then its slice of the head, from all that have come.
 template <class F>
-DEVICE void add_blocks(const Meeting& at, F f) {
-    float2* stats = reinterpret_cast<float2*>(memory + stats_at);  // [tile_queries]: peak, sum
+DEVICE void add_blocks(const Meeting& at, int rank, F f) {
+    float2* inbox = reinterpret_cast<float2*>(memory + inbox_at);
+    float2* stats = reinterpret_cast<float2*>(memory + peaks_of_all_at);
+    const u32 pushed = shared_address(memory) + pushed_at;
+    wait_for_cluster();  // all inboxes are open
     add_warps<true>(at, warps, [&](int query, int d, float2 x, float sum) {
-        *reinterpret_cast<float2*>(at.area + query * area_pitch + d) = x;
-        if (d != 0) return;
+        const int n = (query * head_dim + d) / 2, owner = n / slice;
+        push(inbox + rank * slice + n - owner * slice, x, pushed, owner);
+        if (d / 2 >= cluster) return;
         float peak = at.peaks[query];
         for (int w = 1; w < warps; w++) peak = fmaxf(peak, at.peaks[w * query_tile + query]);
-        stats[query] = {peak, sum};
+        push(stats + rank * tile_queries + query, {peak, sum}, pushed, d / 2);
     });
-    meet_cluster();
-    constexpr int all = tile_queries * head_dim / 2, share = (all + cluster - 1) / cluster;
-    const int begin = cluster_rank() * share, end = min(begin + share, all);
-    for (int n = begin + threadIdx.x; n < end; n += warps * 32) {
-        const int query = n / (head_dim / 2), d = n % (head_dim / 2) * 2;
-        float2 stat[cluster], y[cluster];
-#pragma unroll
-        for (int r = 0; r < cluster; r++) {
-            stat[r] = load_remote(stats + query, r);
-            y[r] = load_remote(reinterpret_cast<const float2*>(at.area + query * area_pitch + d), r);
-        }
-        float peak = stat[0].x, sum = 0;
+    wait_pushed(pushed, 0);
+    for (int n = threadIdx.x; n < slice; n += warps * 32) {
+        const int pair = rank * slice + n, query = pair / (head_dim / 2), d = pair % (head_dim / 2) * 2;
+        if (pair >= all_pairs) break;
+        float peak = -1e30f, sum = 0;
         float2 x = {0, 0};
 #pragma unroll
-        for (int r = 1; r < cluster; r++) peak = fmaxf(peak, stat[r].x);
+        for (int r = 0; r < cluster; r++) peak = fmaxf(peak, stats[r * tile_queries + query].x);
 #pragma unroll
         for (int r = 0; r < cluster; r++) {
-            const float factor = exp2_fast(stat[r].x - peak);
-            x.x += y[r].x * factor, x.y += y[r].y * factor;
-            sum += stat[r].y * factor;
+            const float2 stat = stats[r * tile_queries + query], y = inbox[r * slice + n];
+            const float factor = exp2_fast(stat.x - peak);
+            x.x += y.x * factor, x.y += y.y * factor;
+            sum += stat.y * factor;
         }
         f(query, d, x, sum);
     }
-    part_cluster();  // nobody leaves while others read its memory
 }
 
 // Grid: kv heads * query tiles * cluster, sequences. lengths: [sequences], 0 for a slot without tokens.
@@ -59,12 +74,13 @@ decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row
     const Arguments a{q,       map,     cache,        cache_row, tables, nullptr, out, nullptr,
                       nullptr, nullptr, table_stride, 0,         coded ? scale_log2 * code_units : scale_log2, window};
     release_dependents();
+    if constexpr (cluster > 1) open_inbox(shared_address(memory), blockIdx.x % cluster);
     if (threadIdx.x == 0) prefetch_map(map);
     const int warp = threadIdx.x / 32, sequence = blockIdx.y, rank = blockIdx.x % cluster;
     const Meeting at{reinterpret_cast<float*>(memory + area_at), reinterpret_cast<float*>(memory + peaks_at),
                      reinterpret_cast<float*>(memory + sums_at)};
 
-    const int length = load_fresh(lengths + sequence);
+    const int length = load_near(lengths + sequence);
     const Range seen = visible_blocks(length, rows, window, block_tokens);
     const int count = seen.end - seen.begin, first = seen.begin + count * rank / cluster;
     const int blocks = seen.begin + count * (rank + 1) / cluster - first;
@@ -73,8 +89,9 @@ decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row
     Feed feed(shared_address(memory), warp);
     const bool early = Feed::begins_old(work, warp);
     if (early) feed.begin(a, work, warp);
+    if constexpr (Code::tabled) Code::fill(shared_address(memory) + table_at, warps * 32), __syncthreads();
     await_producers();
-    Softmax softmax;
+    Softmax softmax(shared_address(memory));
     softmax.fetch(a, work);
     if (!early) feed.begin(a, work, warp);
     softmax.prepare();
@@ -82,13 +99,15 @@ decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row
     for (int n = warp; n < work.tiles; n += warps) {
         const int key0 = first * block_tokens + n * tile;
         feed.wait(length - key0);
+        if (n >= warps) feed.advance(a, work);
         softmax.attend(a, work, feed.stage(), feed.stage_scales(), key0);
-        feed.release(a, work);
+        feed.release();
     }
+    __syncwarp();
     softmax.meet(at.area, at.peaks, at.sums);
     const auto finish = [&](int query, int d, float2 x, float sum) {
         write_pair(a, work, query, d, sum == 0 ? float2{0, 0} : float2{x.x / sum, x.y / sum});
     };
     if constexpr (cluster == 1) add_warps<true>(at, warps, finish);
-    else add_blocks(at, finish);
+    else add_blocks(at, rank, finish);
 }

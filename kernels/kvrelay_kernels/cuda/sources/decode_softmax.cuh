@@ -13,6 +13,8 @@ struct Softmax : Queries {
     float limit[query_halves][2];          // a score above this moves the offset
     ExponentFloor floors[groups];          // where scales are powers of two
 
+    DEVICE explicit Softmax(u32 memory) : code(memory + table_at) {}
+
     DEVICE void reset() {
 #pragma unroll
         for (int j = 0; j < groups; j++) floors[j].negative = 0x80008000u;
@@ -50,8 +52,8 @@ struct Softmax : Queries {
             u32 a[2][2][pairs];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                halves_of(a[h][0], word[h], factor[h][c]);
-                halves_of(a[h][1], word[2 + h], factor[h][c + 1]);
+                keys_of(a[h][0], word[h], factor[h][c]);
+                keys_of(a[h][1], word[2 + h], factor[h][c + 1]);
             }
             const u32 *first = a[0][0], *second = a[1][0];
 #pragma unroll
@@ -63,7 +65,7 @@ struct Softmax : Queries {
             load_matrices(word, keys + matrix_at(subtile, chunks - 1));
             u32 a[2][pairs];
 #pragma unroll
-            for (int h = 0; h < 2; h++) halves_of(a[h], word[h], factor[h][chunks - 1]);
+            for (int h = 0; h < 2; h++) keys_of(a[h], word[h], factor[h][chunks - 1]);
 #pragma unroll
             for (int i = 0; i < pairs / 2; i++)
                 apply_key(product, (chunks - 1) * pairs / 2 + i, a[0][2 * i], a[1][2 * i], a[0][2 * i + 1], a[1][2 * i + 1]);
@@ -82,8 +84,15 @@ struct Softmax : Queries {
         }
     }
 
+    DEVICE void keys_of(u32 (&pair)[pairs], u32 word, u32 factor) const {
+        code.keys(pair, word);
+        scale_pairs(pair, factor);
+    }
     DEVICE void halves_of(u32 (&pair)[pairs], u32 word, u32 factor) const {
         code.halves(pair, word);
+        scale_pairs(pair, factor);
+    }
+    DEVICE static void scale_pairs(u32 (&pair)[pairs], u32 factor) {
         if constexpr (scaled_codes)
 #pragma unroll
             for (int i = 0; i < pairs; i++) pair[i] = multiply_halves(pair[i], factor);

@@ -16,6 +16,7 @@ __shared__ u64 sums[warps], shared_before;
 __shared__ int shared_index;
 __shared__ u32 listed;
 __shared__ double point;
+__shared__ int queues[warps][64];
 
 // The sum over all threads before this one, and over all.
 DEVICE u64 sum_before(u64 own, u64& all) {
@@ -90,12 +91,25 @@ struct Row {
     Weights weights;
 
     // Calls f(order, bin, weight) for each token that may be drawn, or for those of one bin. Few do: the others are
-    // told apart sixteen at a time, and by their places alone.
+    // told apart by their places alone, and those few wait in a queue until a warp has one for each of its lanes.
     template <class F>
     DEVICE void each(int only_bin, F f) const {
         constexpr int depth = 16;
         const float low = max(only_bin, 0), high = only_bin < 0 ? bins : only_bin + 1;
-        for (int from = threadIdx.x; from < vocabulary; from += depth * threads) {
+        const int lane = threadIdx.x % 32;
+        int* const queue = queues[threadIdx.x / 32];
+        int waiting = 0;
+        const auto call = [&](int count) {
+            __syncwarp();
+            if (lane < count) {
+                const int token = queue[lane];
+                const float x = logits[token];
+                if (const u64 weight = weights.of(x)) f(order_of(x, token), weights.bin(x), weight);
+            }
+            __syncwarp();
+        };
+        for (int base = 0; base < vocabulary; base += depth * threads) {
+            const int from = base + threadIdx.x;
             u32 wanted = 0;
 #pragma unroll
             for (int i = 0; i < depth; i++) {
@@ -104,12 +118,18 @@ struct Row {
                 wanted |= u32(place >= low && place < high) << i;
             }
 #pragma unroll 1
-            for (; wanted; wanted &= wanted - 1) {
-                const int token = from + (__ffs(wanted) - 1) * threads;
-                const float x = logits[token];
-                if (const u64 weight = weights.of(x)) f(order_of(x, token), weights.bin(x), weight);
+            while (const u32 some = __ballot_sync(every_lane, wanted != 0)) {
+                if (wanted) queue[waiting + __popc(some & ((1u << lane) - 1))] = from + (__ffs(wanted) - 1) * threads;
+                wanted &= wanted - 1;
+                waiting += __popc(some);
+                if (waiting < 32) continue;
+                call(32);
+                waiting -= 32;
+                if (lane < waiting) queue[lane] = queue[32 + lane];
+                __syncwarp();
             }
         }
+        call(waiting);
     }
 
     DEVICE void tally() const {
@@ -123,9 +143,13 @@ struct Row {
     __noinline__ __device__ Found passes(bool counting, u64 target) const {
         Place place = passing(bins, target, [=](int i) { return counting ? u64(count[i]) : mass[i]; });
         const int bin = place.index;
-        u64 before = place.before, leading = 0;
-        int size = count[bin], shift = 64;  // the bin's tokens whose order begins with `leading`, above `shift`
-        const auto leads = [&](u64 order) { return shift == 64 || order >> shift == leading; };
+        u64 before = place.before;
+        // Of the bin's tokens those whose order begins with `leading`, above `shift`; all of them do at first.
+        const u32 highest = weights.rank_at(bin - 0.5f), lowest = weights.rank_at(bin + 1.5f);
+        const auto above = [](u64 order, int shift) { return shift < 64 ? order >> shift : 0; };
+        int size = count[bin], shift = 64 - __clz(highest ^ lowest);
+        u64 leading = above(u64(highest) << 32, shift);
+        const auto leads = [&](u64 order) { return above(order, shift) == leading; };
         while (size > bins) {
             const int last = shift, bits = min(digit_bits, shift), digits = 1 << bits;
             for (int i = threadIdx.x; i < digits; i += threads) list[i] = 0, digit_count[i] = 0;
@@ -203,8 +227,8 @@ extern "C" __global__ void __launch_bounds__(threads)
 draw(const float* logits, const int* places, const int* lengths, const Draw* draws, int vocabulary, int stride,
      int pieces, const u64* firsts, const u64* masses, const u32* counts, u32* seen, int* newest, int* tokens) {
     release_dependents();
+    const int row = blockIdx.x, place = load_fresh(places + row);
     await_producers();
-    const int row = blockIdx.x, place = places[row];
     if (place < 0) return;
     const Draw& draw = draws[place];
     const u64 first = first_of(firsts + u64(row) * pieces, pieces);

@@ -74,6 +74,8 @@ struct Weights {
     DEVICE float place(float x) const { return (peak - x) * bins_per_logit; }
     // The bin of a logit, the likeliest's first. From `bins` on: never drawn.
     DEVICE int bin(float x) const { return int(min(float(bins), place(x))); }
+    // The rank of a logit at such a place.
+    DEVICE u32 rank_at(float place) const { return rank_of(peak - place / bins_per_logit); }
     // 0: never drawn.
     DEVICE u64 of(float x) const {
         if (rank_of(x) < lowest_rank) return 0;

@@ -18,8 +18,8 @@ draw_peak(float* logits, const int* places, const int* lengths, const Draw* draw
           int stride, int piece, u64* firsts, u64* masses, u32* counts) {
     __shared__ u64 shared[threads / 32];
     release_dependents();
+    const int row = blockIdx.y, place = load_fresh(places + row);
     await_producers();
-    const int row = blockIdx.y, place = places[row];
     if (place < 0) return;
     const u64 bin_row = u64(row) * bins;
     for (int i = blockIdx.x * threads + threadIdx.x; i < bins; i += gridDim.x * threads)

@@ -9,8 +9,8 @@ draw_tally(const float* logits, const int* places, const Draw* draws, int vocabu
     __shared__ u64 mass[bins];
     __shared__ u32 count[bins];
     release_dependents();
+    const int row = blockIdx.y, place = load_fresh(places + row);
     await_producers();
-    const int row = blockIdx.y, place = places[row];
     if (place < 0 || draws[place].temperature == 0) return;
     const u64 first = first_of(firsts + u64(row) * gridDim.x, gridDim.x);
     if (first == broken) return;

@@ -101,14 +101,14 @@ DEVICE u16 as_out(float x) { return u16(pack<bfloat>(x, 0)); }
 #endif
 
 // bias: 16-bit elements, or null.
-DEVICE void add_parts(const Merge& merge, const u16* bias, Out* out, int rows, int n, int first) {
+DEVICE void add_parts(const Merge& merge, const u16* bias, Out* out, int rows, int n, int first, float unit) {
     for (int i = threadIdx.x; i < band_rows * min(rows, row_slots); i += blockDim.x) {
         const int row = i / band_rows, at = i % band_rows;
         if (first + at >= n) continue;
         float x = merge[0][row][at];
 #pragma unroll
         for (int p = 1; p < parts; p++) x += merge[p][row][at];
-        x *= product_unit;
+        x *= unit;
         if (bias) {
             const u32 y = bias[first + at];
             x += bfloat ? low_bfloat(y) : low_half(y);
@@ -117,9 +117,10 @@ DEVICE void add_parts(const Merge& merge, const u16* bias, Out* out, int rows, i
     }
 }
 
-// nibbles: 0x000f000f. As a constant, the compiler would put it into a register again before each use.
+// nibbles: 0x000f000f; as a constant, the compiler would put it into a register again before each use. unit: the weight's.
 extern "C" __global__ void __launch_bounds__(32 * parts, BLOCKS_PER_SM)
-few_rows(const u16* x, const u8* data, const Factors* factors, const u16* bias, int rows, int n, int k, u32 nibbles, Out* out) {
+few_rows(const u16* x, const u8* data, const Factors* factors, const u16* bias, int rows, int n, int k, u32 nibbles, float unit, Out* out) {
+    release_dependents();
     __shared__ Merge merge;
     const int units = (k + unit_columns - 1) / unit_columns, bands = (n + band_rows - 1) / band_rows;
     const int part = threadIdx.x / 32, begin = part * units / parts, end = (part + 1) * units / parts;
@@ -137,6 +138,7 @@ few_rows(const u16* x, const u8* data, const Factors* factors, const u16* bias, 
 #pragma unroll
     for (int d = 0; d < depth; d++)
         if (begin + d < end) fetch(d);
+    await_producers();
     for (int band = blockIdx.x; band < bands; band += gridDim.x) {
         Sums total = {};
         ActivationsPlace activations(x, rows, k, begin);
@@ -158,7 +160,7 @@ few_rows(const u16* x, const u8* data, const Factors* factors, const u16* bias, 
         }
         hand_in(merge, total);
         __syncthreads();
-        add_parts(merge, bias, out, rows, n, band * band_rows);
+        add_parts(merge, bias, out, rows, n, band * band_rows, product_unit * unit);
         __syncthreads();
     }
 }

@@ -50,22 +50,22 @@ struct WeightPlace {
 
     DEVICE void move(const u8* data, const Factors* all_factors, int n, int k, int tile, int unit) {
         const int lane = threadIdx.x & 31, units = (k + unit_columns - 1) / unit_columns;
-        const u64 at = (u64)min(tile, (n - 1) / tile_rows) * units + unit;
+        const u64 at = CodedMatrix::place(min(tile, (n - 1) / tile_rows), unit, units);
         codes = reinterpret_cast<const uint4*>(data + at * unit_code_bytes) + lane;
         factors = all_factors + at * unit_factors + lane / 4 * 2 * unit_groups;
     }
 
     DEVICE void advance(int units) {
-        codes += units * (unit_code_bytes / 16);
-        factors += units * unit_factors;
+        codes += units * (pair_tiles * unit_code_bytes / 16);
+        factors += units * (pair_tiles * unit_factors);
     }
 
     // The unit so many units behind.
     DEVICE void fetch(WeightUnit& to, int behind) const {
-        const uint4* from = codes + behind * (unit_code_bytes / 16);
+        const uint4* from = codes + behind * (pair_tiles * unit_code_bytes / 16);
 #pragma unroll
         for (int i = 0; i < bits / 4; i++) put(to.words + 4 * i, load_once(from + 32 * i));
-        const Factors* of = factors + behind * unit_factors;
+        const Factors* of = factors + behind * (pair_tiles * unit_factors);
         u32* words = reinterpret_cast<u32*>(to.factors);
         constexpr int bytes = sizeof to.factors;
         if constexpr (bytes == 8) put(words, load_once(reinterpret_cast<const uint2*>(of)));
@@ -108,12 +108,12 @@ struct WeightPlace {
 // The other operand: a lane's activations at a group's steps, two words a step; `left` columns are there from here on.
 DEVICE void fetch_activations(u32 (&b)[2 * group_steps], const u16* from, int left) {
     if constexpr (run == 4) {
-        put(b, !ragged || left > 0 ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0});
+        put(b, !ragged || left > 0 ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0});
     } else {
 #pragma unroll
         for (int i = 0; i < group_steps / 2; i++) {
             const bool there = !ragged || 32 * i < left;
-            put(b + 4 * i, there ? __ldg(reinterpret_cast<const uint4*>(from) + 4 * i) : uint4{0, 0, 0, 0});
+            put(b + 4 * i, there ? reinterpret_cast<const uint4*>(from)[4 * i] : uint4{0, 0, 0, 0});
         }
     }
 }

@@ -1,25 +1,17 @@
 // Codes of 16 rows x 64 columns as operands of the matrix instruction in halves: scale * code + bias, rounded once.
 //
-// Under the exponent of 1024 a code is 1024 + code, or 1024 + 16 * code where the row's four bits lie higher; both give
-// the code exactly, and the one rounding is that of the fused scale * code + bias.
+// A code in the low bits of a half is the subnormal code * 2^-24, or 16 times that where the upper row's four bits lie. The
+// matrix's unit is such that a fused scale * code + bias is what is wanted, in units of 2^24 of the matrix's.
 #pragma once
 #include "coded_matrix.cuh"
 
 constexpr int group_steps = unit_steps / unit_groups;
 constexpr int unit_factor_bytes = unit_factors * int(sizeof(Factors));
 
-// Masks of the lower and of the upper of two rows' four bits, and what goes on top. The compiler must not know them: as
-// constants it would put them into registers again before each use.
-struct CodeConstants {
-    u32 nibbles, upper_nibbles, magic, minus_rest;
-    DEVICE explicit CodeConstants(u32 nibbles)
-        : nibbles(nibbles), upper_nibbles(nibbles << 4), magic(in_register(0x64006400u)), minus_rest(in_register(0xd400d400u)) {}
-};
-
 // A pair of the same half.
 #if WIDE_FACTORS
 DEVICE u32 twice_scale(Factors f) { return pack<false>(scale_of(f), scale_of(f)); }
-DEVICE u32 twice_bias(Factors f) { return pack<false>(bias_of(f), bias_of(f)); }
+DEVICE u32 twice_bias(Factors f) { return pack<false>(__uint_as_float(f.y), __uint_as_float(f.y)); }
 #else
 DEVICE u32 twice_scale(Factors f) { return permute_bytes(f, 0, 0x1010); }
 DEVICE u32 twice_bias(Factors f) { return permute_bytes(f, 0, 0x3232); }
@@ -54,19 +46,19 @@ struct HalfUnit {
     }
 
     // The operand of one step.
-    DEVICE void operand(u32 (&a)[4], int step, const CodeConstants& c) const {
+    DEVICE void operand(u32 (&a)[4], int step) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            u32 code;
-            if constexpr (bits == 4) {
-                const u32 word = i / 2 ? words[step] >> 8 : words[step];
-                code = i % 2 ? fma_halves((word & c.upper_nibbles) | 0x64006400u, 0x2c002c00u, c.minus_rest)
-                             : add_halves((word & c.nibbles) | 0x64006400u, 0xe400e400u);
-            } else {
-                code = add_halves(permute_bytes(words[2 * step + i % 2], c.magic, i / 2 ? 0x5351 : 0x5250), 0xe400e400u);
-            }
+            const u32 word = words[bits == 4 ? step : 2 * step + i % 2];
             const Factors f = factors_of(step, i % 2);
-            a[i] = fma_halves(code, twice_scale(f), twice_bias(f));
+            u32 code, scale = twice_scale(f);
+            if constexpr (bits == 4) {
+                code = (i / 2 ? word >> 8 : word) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+                if (i % 2) scale = multiply_halves(scale, 0x2c002c00u);  // 1/16
+            } else {
+                code = i / 2 ? permute_bytes(word, 0, 0x4341) : word & 0x00ff00ffu;
+            }
+            a[i] = fma_halves(code, scale, twice_bias(f));
         }
     }
 };

@@ -3,7 +3,7 @@
 
 extern "C" __global__ void newest_ids(const int* given, const int* newest, int rows, int* ids) {
     release_dependents();
+    const int row = blockIdx.x * blockDim.x + threadIdx.x, known = row < rows ? load_fresh(given + row) : 0;
     await_producers();
-    const int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row < rows) ids[row] = given[row] < 0 ? newest[~given[row]] : given[row];
+    if (row < rows) ids[row] = known < 0 ? newest[~known] : known;
 }

@@ -38,17 +38,44 @@ DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.clust
 DEVICE void expect_bytes(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// A box of rows. What is read `once` is the first to leave the second-level cache.
+template <bool once = false>
 DEVICE void copy_box(u32 to, const void* map, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-        "l"(map), "r"(0), "r"(row), "r"(barrier)
-        : "memory");
+    if constexpr (once) {
+        asm volatile(
+            "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n\t"
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+            "[%1, {%2, %3}], [%4], policy;}" ::"r"(to),
+            "l"(map), "r"(0), "r"(row), "r"(barrier)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+            "l"(map), "r"(0), "r"(row), "r"(barrier)
+            : "memory");
+    }
 }
 // A box of 64 columns of a matrix of 16-bit elements; outside of it are zeros.
 DEVICE void copy_box(u32 to, const void* map, int column, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
         "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+// The same, of what nobody reads again: first to make room in the second-level cache.
+DEVICE void copy_box_once(u32 to, const void* map, int column, int row, u32 barrier) {
+    constexpr u64 evict_first = 0x12f0000000000000;  // a policy as `createpolicy` makes them
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+        "[%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(evict_first)
+        : "memory");
+}
+// The same, of an array in three dimensions that is not swizzled, from the middle one's `row` and the last one's `plane` on.
+DEVICE void copy_planes_once(u32 to, const void* map, int row, int plane, u32 barrier) {
+    constexpr u64 evict_first = 0x12f0000000000000;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
+        "[%5], %6;" ::"r"(to), "l"(map), "r"(0), "r"(row), "r"(plane), "r"(barrier), "l"(evict_first)
         : "memory");
 }
 // Bytes as they lie, a multiple of 16 from and to multiples of 16.
@@ -73,6 +100,7 @@ DEVICE void prefetch_map(const void*) {}
 DEVICE void create_barrier(u32) {}
 DEVICE void publish_barriers() {}
 DEVICE void expect_bytes(u32, int) {}
+template <bool once = false>
 DEVICE void copy_box(u32, const void*, int, u32) {}
 DEVICE void copy_bytes(u32, const u8*, int, u32) {}
 DEVICE void wait_barrier(u32, u32) {}
@@ -306,11 +334,43 @@ DEVICE float2 load_remote(const float2* p, u32 rank) {
     asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there) : "memory");
     return v;
 }
+DEVICE float4 load_remote(const float4* p, u32 rank) {
+    u32 there;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
+    return v;
+}
+// All threads of all thread blocks of the cluster arrive, and later wait for each other: barriers that were published
+// before stand then for all.
+DEVICE void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// Into what lies at `p` of the own shared memory, but in that of thread block `rank`, whose `barrier` counts the bytes.
+DEVICE void push(float2* p, float2 v, u32 barrier, u32 rank) {
+    u32 there, count;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(barrier), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(there),
+                 "f"(v.x), "f"(v.y), "r"(count)
+                 : "memory");
+}
+DEVICE void wait_pushed(u32 barrier, u32 phase) {
+    u32 done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
+    } while (!done);
+}
 #else
 DEVICE u32 cluster_rank() { return 0; }
 DEVICE void meet_cluster() {}
 DEVICE void part_cluster() {}
 DEVICE float2 load_remote(const float2* p, u32) { return *p; }
+DEVICE float4 load_remote(const float4* p, u32) { return *p; }
+DEVICE void arrive_in_cluster() {}
+DEVICE void wait_for_cluster() {}
+DEVICE void push(float2*, float2, u32, u32) {}
+DEVICE void wait_pushed(u32, u32) {}
 #endif
 
 // Programmatic dependent launch (from compute capability 9.0 on); cuda/launch.py has the rules.
@@ -326,6 +386,29 @@ DEVICE void release_dependents() {}
 // Has the 128 bytes around `p` brought into the second-level cache: ahead of the wait, for a load behind it, which the
 // compiler would put there anyway.
 DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Reads of what the other warps of a thread block read, too: through the first-level cache, so that not all of them meet
+// at one place of the second. Behind `await_producers`, or of what no kernel of a step writes.
+DEVICE int load_near(const int* p) {
+    int v;
+    asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE u32 load_near(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint2 load_near(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.ca.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint4 load_near(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.ca.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
 
 // Reads of what no thread block reads again: past the first-level cache, which has better things to keep.
 DEVICE uint4 load_once(const uint4* p) {

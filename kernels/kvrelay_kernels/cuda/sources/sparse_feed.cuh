@@ -48,6 +48,7 @@ DEVICE void feed_queries(const Arguments& a, u8* memory, Control& control) {
 }
 
 // A ring of K or of V steps in shared memory.
+template <int stages>
 struct Ring {
     const void* map;
     u32 data, full, empty;
@@ -71,8 +72,8 @@ struct Ring {
 // Fills the rings in the order in which the multiplying warpgroups empty them: K runs one step ahead of V.
 DEVICE void feed_keys(const Arguments& a, u8* memory, Control& control) {
     const int lane = threadIdx.x % 32;
-    Ring k{a.k_map, shared_address(memory + keys_at), shared_address(control.k_full), shared_address(control.k_empty)};
-    Ring v{a.v_map, shared_address(memory + values_at), shared_address(control.v_full), shared_address(control.v_empty)};
+    Ring<k_stages> k{a.k_map, shared_address(memory + keys_at), shared_address(control.k_full), shared_address(control.k_empty)};
+    Ring<v_stages> v{a.v_map, shared_address(memory + values_at), shared_address(control.v_full), shared_address(control.v_empty)};
     for (Turn<slots> slot;; slot.next()) {
         wait_barrier(shared_address(control.item_known + slot.at), slot.phase);
         const Item item = control.items[slot.at];

@@ -8,7 +8,8 @@ constexpr int no_block = -1;     // lies outside of the cache: the copy engine w
 
 constexpr int step = head_dim > 128 ? 64 : 128;  // keys of one step
 constexpr int steps_per_tile = mask_tile / step;
-constexpr int stages = head_dim > 64 ? 2 : 4;    // steps of K, and of V, in shared memory
+constexpr int k_stages = head_dim > 64 ? 2 : 4;  // steps of K in shared memory
+constexpr int v_stages = head_dim > 64 ? 3 : 4;  // of V: they come a step later, and stay longer
 constexpr int slots = head_dim > 128 ? 1 : 2;    // query tiles in shared memory
 constexpr int multipliers = 2;                   // warpgroups of 64 query rows
 constexpr int columns = head_dim > 128 ? 128 : head_dim;  // of the output in one product
@@ -21,8 +22,8 @@ constexpr int key_bytes = panels * key_panel;
 constexpr int unit = 8 * 128;  // eight rows of a panel
 
 constexpr int keys_at = slots * query_bytes;
-constexpr int values_at = keys_at + stages * key_bytes;
-constexpr int control_at = values_at + stages * key_bytes;
+constexpr int values_at = keys_at + k_stages * key_bytes;
+constexpr int control_at = values_at + v_stages * key_bytes;
 
 struct Arguments {
     const u16* q;       // [rows, heads, head_dim]
@@ -41,9 +42,9 @@ struct Arguments {
 
 // What the roles tell each other.
 struct Control {
-    u64 k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
+    u64 k_full[k_stages], k_empty[k_stages], v_full[v_stages], v_empty[v_stages];
     u64 item_known[slots], q_full[slots], slot_empty[slots];
-    int entries[stages];  // of the K stages
+    int entries[k_stages];  // of the K stages
     Item items[slots];    // tiles < 0: there is no more work
     int heads[slots];
     int low[slots][mask_tile];

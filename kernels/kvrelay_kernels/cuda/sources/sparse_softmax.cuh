@@ -37,31 +37,45 @@ struct Softmax {
             if (hidden(i / 2 % 2, i / 4 * 8 + i % 2)) s[i] = -infinity();
     }
 
-    // Scores -> probabilities; `factor` is what the rows' earlier sums and outputs are to be multiplied by.
-    template <int n>
-    DEVICE void apply(float (&s)[n], float (&factor)[2], float scale) {
+    // Scores of row `r` -> exponents, the running maximum taken off. Whether it moved for any row of the warp; then
+    // `factor` is what the row's earlier sums and outputs are to be multiplied by.
+    template <int r, int n>
+    DEVICE bool find_exponents(float (&s)[n], float (&factor)[2], float scale) {
+        float highest = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float highest = fmaxf(s[2 * r], s[2 * r + 1]);
-#pragma unroll
-            for (int j = 1; j < n / 4; j++) highest = fmaxf(highest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        for (int j = 1; j < n / 4; j++) highest = fmaxf(highest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        highest *= scale;
+        const bool moves = __any_sync(every_lane, highest > peak[r] + tolerance);
+        factor[r] = 1;
+        if (moves) {
             highest = fmaxf(highest, __shfl_xor_sync(every_lane, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(every_lane, highest, 2)) * scale;
+            highest = fmaxf(highest, __shfl_xor_sync(every_lane, highest, 2));
             const bool rises = highest > peak[r] + tolerance;
             factor[r] = rises ? exp2_fast(peak[r] - highest) : 1.0f;
             if (rises) peak[r] = highest;
-            float added = 0;
-#pragma unroll
-            for (int j = 0; j < n / 4; j++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float& x = s[4 * j + 2 * r + e];
-                    x = exp2_fast(fmaf(x, scale, -peak[r]));
-                    added += x;
-                }
-            }
-            sum[r] = fmaf(sum[r], factor[r], added);
         }
+#pragma unroll
+        for (int j = 0; j < n / 4; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) s[4 * j + 2 * r + e] = fmaf(s[4 * j + 2 * r + e], scale, -peak[r]);
+        }
+        return moves;
+    }
+
+    // Exponents of row `r` -> probabilities.
+    template <int r, int n>
+    DEVICE void raise(float (&s)[n], const float (&factor)[2]) {
+        float added = 0;
+#pragma unroll
+        for (int j = 0; j < n / 4; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float& x = s[4 * j + 2 * r + e];
+                x = exp2_fast(x);
+                added += x;
+            }
+        }
+        sum[r] = fmaf(sum[r], factor[r], added);
     }
 
     // One over the whole sum of a row; zero for a row that saw no key.
@@ -72,9 +86,9 @@ struct Softmax {
     }
 };
 
-// Probabilities as the left operand of the second product.
-template <int n>
+// Probabilities of row `r` as its part of the left operand of the second product.
+template <int r, int n>
 DEVICE void pack_operand(u32 (&p)[n / 2], const float (&s)[n]) {
 #pragma unroll
-    for (int i = 0; i < n / 2; i++) p[i] = pack<bfloat>(s[2 * i], s[2 * i + 1]);
+    for (int j = 0; j < n / 4; j++) p[2 * j + r] = pack<bfloat>(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
 }

@@ -1,5 +1,6 @@
-// A ring of stages in shared memory: a few units of codes of 256 weight rows, their factors, and the columns of x that
-// they are multiplied with. One warp asks the copy engine for the weight, as far ahead as the ring goes; others bring x.
+// A ring of stages in shared memory: a few units of codes of a band of weight rows, their factors, and the columns of x
+// that they are multiplied with. One thread asks the copy engine for the weight, as far ahead as the ring goes; others
+// bring x.
 //
 // x is brought as halves, in the order of columns in which lanes have codes. A bfloat16 is a half with more exponent and
 // less fraction: where all of a row's 64 columns lie in a half's range they are taken as they are, otherwise times a
@@ -7,33 +8,39 @@
 #pragma once
 #include "elements.cuh"
 #include "half_codes.cuh"
-#include "stream_split.cuh"
+#include "warpgroup.cuh"
 
-constexpr int columns = COLUMNS;           // rows of x, padded: 8, 16, 32 or 64
+constexpr int columns = COLUMNS;  // rows of x, padded: 8, 16, 32 or 64
+constexpr int tiles = TILES;      // of 16 weight rows in a band, an even number
+constexpr int cluster = CLUSTER;  // thread blocks that share a band's columns
 constexpr int stage_units = STAGE_UNITS, stages = STAGES;
-constexpr int warpgroups = 4, consumer_warps = 4 * warpgroups, consumers = 32 * consumer_warps;
-constexpr int row_warps = THREADS / 32 - consumer_warps - 1;  // that bring x
-static_assert(stages >= row_warps, "a warp could take a barrier's phase for the one before the last");
-constexpr int band_rows = 16 * consumer_warps, band_tiles = consumer_warps;
+constexpr int tile_warps = (tiles + 3) / 4 * 4;                // a warp a tile, in whole warpgroups
+constexpr int groups = tile_warps < 16 ? 16 / tile_warps : 1;  // of such warps, which take turns at a stage's units
+static_assert(stage_units % groups == 0, "a group without units");
+constexpr int consumer_warps = groups * tile_warps, consumers = 32 * consumer_warps;
+constexpr int row_warps = ROW_WARPS;  // that bring x
+constexpr int all_threads = consumers + 32 * (1 + row_warps);
 
 constexpr int x_unit_bytes = columns * 128, x_bytes = stage_units * x_unit_bytes;
-constexpr int codes_at = x_bytes, factors_at = codes_at + band_tiles * stage_units * unit_code_bytes;
-constexpr int stage_bytes = factors_at + band_tiles * stage_units * unit_factor_bytes;
-static_assert(stage_bytes % 1024 == 0, "a swizzled matrix begins at a multiple of 1024");
-constexpr int powers_bytes = stage_units * columns * 4 + 16;  // of two, a unit and row, behind a word: are there any
+constexpr int pairs = tiles / pair_tiles;
+constexpr int pair_code_bytes = pair_tiles * unit_code_bytes, pair_factor_bytes = pair_tiles * unit_factor_bytes;
+constexpr int codes_at = x_bytes, factors_at = codes_at + pairs * stage_units * pair_code_bytes;
+constexpr int stage_bytes = (factors_at + pairs * stage_units * pair_factor_bytes + 1023) / 1024 * 1024;
+// Powers of two, a unit and row, behind a word of each warp that brings x: has it any but 1.
+constexpr int flag_bytes = (row_warps + 3) / 4 * 16, powers_bytes = stage_units * columns * 4 + flag_bytes;
 constexpr int powers_at = stages * stage_bytes, barriers_at = powers_at + stages * powers_bytes;
-constexpr int verdict_at = barriers_at + 16 * stages;
-constexpr int row_depth = ROW_DEPTH, arriving_at = verdict_at + 16;  // passes of x on their way, for each warp that brings it
-constexpr int shared_bytes_used = arriving_at + row_warps * row_depth * (columns < 16 ? columns : 16) * 128;
+constexpr int row_depth = ROW_DEPTH, arriving_at = barriers_at + 16 * stages;  // passes of x on their way, by warp
+constexpr int pass_rows = columns < 16 ? columns : 16, passes = columns / pass_rows;  // of a unit
+constexpr int quads = pass_rows / 4;                                                   // of rows: 16 bytes of each lane
+constexpr int shared_bytes_used = arriving_at + row_warps * row_depth * quads * 512;
 static_assert(shared_bytes_used <= SHARED_BYTES, "what the launcher asks for");
 
 // A place in the ring, and which turn of it this is.
 struct Turn {
     int stage = 0;
     u32 phase = 0;
-    DEVICE void advance(int by = 1) {
-        stage += by;
-        if (stage >= stages) stage -= stages, phase ^= 1;
+    DEVICE void advance() {
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 };
 
@@ -42,179 +49,193 @@ struct Ring {
 
     DEVICE u32 stage(const Turn& turn) const { return memory + turn.stage * stage_bytes; }
     DEVICE u32 powers(const Turn& turn) const { return memory + powers_at + turn.stage * powers_bytes; }
+    DEVICE u32 power(const Turn& turn, int unit, int row) const {
+        return powers(turn) + flag_bytes + (unit * columns + row) * 4;
+    }
+    DEVICE bool any_power(const Turn& turn) const {
+        return __any_sync(every_lane, load_shared(powers(turn) + 4 * (threadIdx.x % 32 % row_warps)));
+    }
     DEVICE u32 full(const Turn& turn) const { return memory + barriers_at + turn.stage * 16; }
     DEVICE u32 empty(const Turn& turn) const { return full(turn) + 8; }
-    DEVICE u32 verdict() const { return memory + verdict_at; }
 
     DEVICE void create() const {
         for (Turn turn; turn.phase == 0; turn.advance()) {
-            create_barrier(full(turn), 2);
+            create_barrier(full(turn), 1 + row_warps);
             create_barrier(empty(turn), consumer_warps);
         }
         publish_barriers();
     }
 };
 
-// The stages of a thread block, one behind the other: none goes on into the next tile.
-struct Stage {
-    int tile, unit, count;
-};
-template <class Visit>
-DEVICE void each_stage(const Split& split, Visit visit) {
-    for (Piece piece = split.first(); !piece.none(); piece = split.next(piece))
-        for (int unit = piece.begin; unit < piece.end; unit += stage_units)
-            visit(Stage{piece.tile, unit, min(stage_units, piece.end - unit)});
-}
+// A thread block's share: every so many bands, of each the same units.
+struct Share {
+    int units;         // of a band
+    int begin, end;    // this block's
+    int bands, step;
 
-// One warp: a lane copies the codes of one of 16 tiles, or the factors.
-DEVICE void bring_weight(const Ring& ring, const Split& split, const u8* codes, const u8* factors, int last_tile) {
-    const int lane = threadIdx.x & 31;
-    const bool upper = lane >= band_tiles;
-    const int tile = lane % band_tiles, bytes = upper ? unit_factor_bytes : unit_code_bytes;
-    const u32 place = upper ? factors_at + tile * stage_units * unit_factor_bytes : codes_at + tile * stage_units * unit_code_bytes;
-    const u8* from = upper ? factors : codes;
+    DEVICE Share(int n, int k) : units((k + unit_columns - 1) / unit_columns), step(gridDim.x / cluster) {
+        const int rank = blockIdx.x % cluster;
+        begin = rank * units / cluster, end = (rank + 1) * units / cluster;
+        bands = (n + tiles * tile_rows - 1) / (tiles * tile_rows);
+    }
+};
+// The units that fill one stage.
+struct Stage {
+    int band, unit;
+    DEVICE explicit Stage(const Share& share) : band(blockIdx.x / cluster), unit(share.begin) {}
+    DEVICE bool none(const Share& share) const { return band >= share.bands; }
+    DEVICE void advance(const Share& share) {
+        unit += stage_units;
+        if (unit >= share.end) unit = share.begin, band += share.step;
+    }
+};
+
+// One thread: whole stages, be they full or not. codes and factors: the weight's, in planes of a pair of tiles and rows of
+// a unit.
+DEVICE void bring_weight(const Ring& ring, const Share& share, const TensorMap& codes, const TensorMap& factors) {
     Turn turn;
     bool first = true;
-    each_stage(split, [&](const Stage& s) {
+    for (Stage stage(share); !stage.none(share); stage.advance(share)) {
         if (!first) wait_barrier(ring.empty(turn), turn.phase ^ 1);
-        if (lane == 0)
-            expect_bytes(ring.full(turn), band_tiles * s.count * (unit_code_bytes + unit_factor_bytes));
-        __syncwarp();
-        const u64 at = u64(min(s.tile * band_tiles + tile, last_tile)) * split.units + s.unit;
-        copy_bytes(ring.stage(turn) + place, from + at * bytes, s.count * bytes, ring.full(turn));
+        const u32 full = ring.full(turn), to = ring.stage(turn);
+        expect_bytes(full, pairs * stage_units * (pair_code_bytes + pair_factor_bytes));
+        copy_planes_once(to + codes_at, &codes, stage.unit, stage.band * pairs, full);
+        copy_planes_once(to + factors_at, &factors, stage.unit, stage.band * pairs, full);
         turn.advance();
         if (turn.stage == 0) first = false;
-    });
+    }
 }
 
-// The power of two, 2^(-23 c), that takes bfloat16 with these bits of the largest size to where halves are exact.
-DEVICE float power_for(u32 largest) {
-    const int exponent = largest >> 23;
+// The power of two, 2^(-23 c), that takes bfloat16 with this exponent of the largest size to where halves are exact.
+DEVICE float power_for(int exponent) {
     const int c = exponent == 0 ? 0 : max(exponent - 73, 0) / 23 - 2;
     return __uint_as_float(u32(127 - 23 * c) << 23);
 }
+DEVICE bool needs_power(int exponent) { return exponent != 0 && u32(exponent - 119) > 22; }
 DEVICE float inverse_power(float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); }
 
-DEVICE u32 largest_size(uint4 v) {
-    const u32 high = max(max(v.x & 0x7fff0000u, v.y & 0x7fff0000u), max(v.z & 0x7fff0000u, v.w & 0x7fff0000u));
-    const u32 low = max(max(v.x << 16 & 0x7fff0000u, v.y << 16 & 0x7fff0000u), max(v.z << 16 & 0x7fff0000u, v.w << 16 & 0x7fff0000u));
-    return max(high, low);
+// The exponent of the largest of eight bfloat16.
+DEVICE int largest_exponent(const u32 (&v)[4]) {
+    u32 size = 0;
+#pragma unroll
+    for (int q = 0; q < 4; q++) size = max(size, max(v[q] << 1, v[q] << 17));  // without the sign
+    return size >> 24;
 }
 
-// One warp takes 16 rows of 64 columns at once, or all 8, on their way through a little ring of its own.
-constexpr int pass_rows = columns < 16 ? columns : 16, passes = columns / pass_rows;  // of a unit
-constexpr int quads = pass_rows / 4;                                                   // of rows: 16 bytes of each lane
-
-// Where a warp is in x: it takes every `row_warps`-th stage.
+// Where a warp is in x: it takes every `row_warps`-th of a stage's passes.
 struct RowPlace {
-    Piece piece;
-    int unit, count;  // the stage's
-    int done;         // passes of the stage
-    Turn turn;
-    int turns = 0;    // stages ahead of this one
+    Stage stage;
+    int done, warp;
 
-    DEVICE RowPlace(const Split& split, int warp) : piece(split.first()), unit(piece.begin), done(0) {
-        settle();
-        skip(split, warp);
-    }
-    DEVICE bool none() const { return piece.none(); }
-    DEVICE void settle() { count = min(stage_units, piece.end - unit); }
-    DEVICE void skip(const Split& split, int by) {
-        for (; by > 0 && !none(); by--) {
-            unit += count, turns++;
-            turn.advance();
-            if (unit == piece.end) piece = split.next(piece), unit = piece.begin;
-            settle();
-        }
-    }
-    DEVICE void advance(const Split& split) {
-        if (++done == count * passes) done = 0, skip(split, row_warps);
+    DEVICE RowPlace(const Share& share, int warp) : stage(share), done(warp), warp(warp) { settle(share); }
+    DEVICE bool none(const Share& share) const { return stage.none(share); }
+    DEVICE void settle(const Share& share) {
+        if (done >= stage_units * passes) stage.advance(share), done = warp;
     }
 };
 
+// A warp that brings x, through a little ring of its own: each lane takes back what it asked for itself. Of four rows at
+// once a lane has the 16 bytes `piece` of row `row`.
 struct RowFeed {
     const Ring& ring;
-    const Split& split;
-    const u16* x;
-    int rows, k;
-    u32 arriving;  // this lane's place in the little ring
-    int lane, row, piece;
+    const Share& share;
+    const u16* from;
+    int rows, k, column;
+    u32 arriving;
+    u32 places[2][4];  // of its four pairs of columns in an even four rows, and in an odd
 
-    DEVICE RowFeed(const Ring& ring, const Split& split, const u16* x, int rows, int k, int warp)
-        : ring(ring), split(split), x(x), rows(rows), k(k), lane(threadIdx.x & 31), row(lane / 8), piece(lane % 8) {
+    DEVICE RowFeed(const Ring& ring, const Share& share, const u16* x, int rows, int k, int warp)
+        : ring(ring), share(share), rows(rows), k(k) {
+        const int lane = threadIdx.x & 31, row = lane / 8, piece = lane % 8;
+        column = piece * 8;
+        from = x + u64(row) * k + column;
         arriving = ring.memory + arriving_at + warp * (row_depth * quads * 512) + lane * 16;
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            const int step = run == 8 ? piece / 4 * 2 + q / 2 : piece / 2;
+            const int t = run == 8 ? piece % 4 : piece % 2 * 2 + q / 2;
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++)
+                places[odd][q] = swizzled((4 * odd + row) * 128 + step * 32 + q % 2 * 16 + t * 4);
+        }
     }
 
-    DEVICE void fetch(const RowPlace& at, int slot) const {
-        if (!at.none()) {
-            const int column = (at.unit + at.done / passes) * unit_columns + piece * 8;
+    DEVICE void fetch(RowPlace& at, int slot) const {
+        if (!at.none(share)) {
+            const int unit = at.stage.unit + at.done / passes, first = at.done % passes * pass_rows, row = threadIdx.x % 32 / 8;
+            const bool there = unit < share.end && unit * unit_columns + column < k;
+            const u16* place = from + u64(first) * k + unit * unit_columns;
 #pragma unroll
             for (int i = 0; i < quads; i++) {
-                const int r = at.done % passes * pass_rows + 4 * i + row;
-                const bool there = r < rows && column < k;
-                copy16(arriving + (slot * quads + i) * 512, reinterpret_cast<const u8*>(there ? x + u64(r) * k + column : x), there ? 16 : 0);
+                const bool valid = there && first + 4 * i + row < rows;
+                copy16(arriving + (slot * quads + i) * 512, reinterpret_cast<const u8*>(valid ? place + 4 * i * k : from), valid ? 16 : 0);
             }
+            at.done += row_warps, at.settle(share);
         }
         close_copies();
     }
 
     // What has arrived becomes rows of the other operand; whether powers of two were needed.
-    DEVICE bool convert(const RowPlace& at, int slot) const {
-        uint4 v[quads];
-        float power[quads];
+    DEVICE bool convert(const Turn& turn, int pass, int slot) const {
+        u32 v[quads][4];
+        const int unit = pass / passes, first = pass % passes * pass_rows;
         bool scaled = false;
-        const int unit = at.done / passes, first = at.done % passes * pass_rows + row;
 #pragma unroll
-        for (int i = 0; i < quads; i++) load_shared4(v[i].x, v[i].y, v[i].z, v[i].w, arriving + (slot * quads + i) * 512);
+        for (int i = 0; i < quads; i++) load_shared4(v[i][0], v[i][1], v[i][2], v[i][3], arriving + (slot * quads + i) * 512);
         if constexpr (bfloat) {
+            int exponents[quads];
 #pragma unroll
             for (int i = 0; i < quads; i++) {
-                u32 size = largest_size(v[i]);
+                exponents[i] = largest_exponent(v[i]);
 #pragma unroll
-                for (int mask = 1; mask < 8; mask *= 2) size = max(size, __shfl_xor_sync(every_lane, size, mask));
-                power[i] = power_for(size);
-                scaled |= power[i] != 1;
-                if (piece == 0)
-                    store_shared(ring.powers(at.turn) + 16 + (unit * columns + first + 4 * i) * 4, __float_as_uint(power[i]));
+                for (int mask = 1; mask < 8; mask *= 2)
+                    exponents[i] = max(exponents[i], __shfl_xor_sync(every_lane, exponents[i], mask));
+                scaled |= needs_power(exponents[i]);
+            }
+            scaled = __any_sync(every_lane, scaled);
+            const int row = threadIdx.x % 32 / 8;
+#pragma unroll
+            for (int i = 0; i < quads; i++) {
+                const float power = scaled ? power_for(exponents[i]) : 1;
+                if (column == 0) store_shared(ring.power(turn, unit, first + 4 * i + row), __float_as_uint(power));
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    float low = low_bfloat(v[i][q]), high = high_bfloat(v[i][q]);
+                    if (scaled) low *= power, high *= power;
+                    v[i][q] = pack<false>(low, high);
+                }
             }
         }
-        const u32 to = ring.stage(at.turn) + unit * x_unit_bytes;
+        const u32 to = ring.stage(turn) + unit * x_unit_bytes + first * 128;
 #pragma unroll
-        for (int i = 0; i < quads; i++) {
-            const u32 words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+        for (int i = 0; i < quads; i++)
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int step = run == 8 ? piece / 4 * 2 + q / 2 : piece / 2;
-                const int t = run == 8 ? piece % 4 : piece % 2 * 2 + q / 2;
-                const u32 pair = bfloat ? pack<false>(low_bfloat(words[q]) * power[i], high_bfloat(words[q]) * power[i]) : words[q];
-                store_shared(to + swizzled((first + 4 * i) * 128 + step * 32 + q % 2 * 16 + t * 4), pair);
-            }
-        }
+            for (int q = 0; q < 4; q++) store_shared(to + places[i % 2][q] + i / 2 * 1024, v[i][q]);
         return scaled;
     }
 
     DEVICE void run_all(int warp) const {
-        RowPlace ahead(split, warp), now = ahead;
-        for (int slot = 0; slot < row_depth; slot++) {
-            fetch(ahead, slot);
-            if (!ahead.none()) ahead.advance(split);
-        }
-        bool scaled = false;
-        for (int slot = 0; !now.none(); slot = slot + 1 == row_depth ? 0 : slot + 1) {
-            wait_copies<row_depth - 1>();
-            if (now.done == 0 && now.turns >= stages) wait_barrier(ring.empty(now.turn), now.turn.phase ^ 1);
-            scaled |= convert(now, slot);
-            fetch(ahead, slot);
-            if (!ahead.none()) ahead.advance(split);
-            if (now.done + 1 == now.count * passes) {
-                scaled = __any_sync(every_lane, scaled);
-                if (bfloat && lane == 0) store_shared(ring.powers(now.turn), scaled);
-                scaled = false;
-                order_before_bulk();
-                __syncwarp();
-                if (lane == 0) arrive_at(ring.full(now.turn));
+        RowPlace ahead(share, warp);
+        for (int slot = 0; slot < row_depth; slot++) fetch(ahead, slot);
+        Turn turn;
+        bool first_turn = true;
+        int slot = 0;
+        for (Stage stage(share); !stage.none(share); stage.advance(share)) {
+            if (!first_turn) wait_barrier(ring.empty(turn), turn.phase ^ 1);
+            bool scaled = false;
+            for (int pass = warp; pass < stage_units * passes; pass += row_warps) {
+                wait_copies<row_depth - 1>();
+                scaled |= convert(turn, pass, slot);
+                fetch(ahead, slot);
+                slot = slot + 1 == row_depth ? 0 : slot + 1;
             }
-            now.advance(split);
+            const bool speaks = threadIdx.x % 32 == 0;
+            if (bfloat && speaks) store_shared(ring.powers(turn) + 4 * warp, scaled);
+            order_before_bulk();
+            __syncwarp();
+            if (speaks) arrive_at(ring.full(turn));
+            turn.advance();
+            if (turn.stage == 0) first_turn = false;
         }
     }
 };
