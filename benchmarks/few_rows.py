@@ -120,8 +120,8 @@ class Bench:
                 for w, out in zip(self.weights, outs, strict=True)
             ]
             times = replay(calls, self.stream)
-            sums = cupy.full((rows, n), np.nan, np.float32)
-            with self.stream:
+            with self.stream:  # also the poison: on another stream it may come behind the product
+                sums = cupy.full((rows, n), np.nan, np.float32)
                 product(x, self.weights[-1], sums)
                 error = self._error(x, sums)
             found.append({

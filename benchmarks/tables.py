@@ -129,6 +129,7 @@ def decode_model(result: Result) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "cpu-serving": ("cpu-2core/cpu_serving.json", cpu_serving),
     "prefill-model": ("h200/prefill_model.json", prefill_model),
+    "prefill-model-earlier": ("h200/prefill_model_earlier.json", prefill_model),
     "decode-model": ("h200/decode_model.json", decode_model),
     "kv-quality": ("cpu-2core/kv_quality.json", kv_quality),
 }

@@ -40,8 +40,70 @@ class Threshold:
 Thresholds = Mapping[tuple[str, int], Sequence[Threshold]]
 """By the format's base and the head dimension; the first that fits is taken, or else split-K."""
 
-THRESHOLDS: Thresholds = {}
-"""Of `benchmarks/decode_routes.py`, which has not run yet: everything goes through split-K."""
+THRESHOLDS: Thresholds = {
+    ("int8", 128): (
+        Threshold(heads=8, tokens=16384, route="single-pass"),
+        Threshold(heads=16, tokens=8192, route="single-pass"),
+        Threshold(heads=32, tokens=4096, route="single-pass"),
+        Threshold(heads=64, tokens=4096, route="single-pass"),
+        Threshold(heads=128, tokens=2048, route="single-pass"),
+        Threshold(heads=256, tokens=2048, route="single-pass"),
+    ),
+    ("int8", 64): (
+        Threshold(heads=3, tokens=16384, route="single-pass"),
+        Threshold(heads=6, tokens=16384, route="single-pass"),
+        Threshold(heads=12, tokens=16384, route="single-pass"),
+        Threshold(heads=24, tokens=4096, route="single-pass"),
+        Threshold(heads=48, tokens=4096, route="single-pass"),
+        Threshold(heads=96, tokens=2048, route="single-pass"),
+    ),
+    ("int8", 256): (
+        Threshold(heads=2, tokens=32768, route="single-pass"),
+        Threshold(heads=4, tokens=32768, route="single-pass"),
+        Threshold(heads=8, tokens=8192, route="single-pass"),
+        Threshold(heads=16, tokens=4096, route="single-pass"),
+        Threshold(heads=32, tokens=2048, route="single-pass"),
+        Threshold(heads=64, tokens=2048, route="single-pass"),
+    ),
+    ("int4", 128): (Threshold(heads=8, tokens=16384, route="single-pass"),),
+    ("int4", 64): (
+        Threshold(heads=3, tokens=32768, route="single-pass"),
+        Threshold(heads=6, tokens=32768, route="single-pass"),
+        Threshold(heads=12, tokens=32768, route="single-pass"),
+        Threshold(heads=24, tokens=16384, route="single-pass"),
+        Threshold(heads=48, tokens=8192, route="single-pass"),
+        Threshold(heads=96, tokens=4096, route="single-pass"),
+    ),
+    ("int4", 256): (
+        Threshold(heads=2, tokens=32768, route="single-pass"),
+        Threshold(heads=4, tokens=32768, route="single-pass"),
+        Threshold(heads=8, tokens=16384, route="single-pass"),
+        Threshold(heads=16, tokens=8192, route="single-pass"),
+        Threshold(heads=32, tokens=2048, route="single-pass"),
+    ),
+    ("none", 128): (
+        Threshold(heads=8, tokens=8192, route="single-pass"),
+        Threshold(heads=16, tokens=8192, route="single-pass"),
+        Threshold(heads=32, tokens=1024, route="single-pass"),
+        Threshold(heads=64, tokens=1024, route="single-pass"),
+        Threshold(heads=128, tokens=1024, route="single-pass"),
+    ),
+    ("none", 64): (
+        Threshold(heads=3, tokens=32768, route="single-pass"),
+        Threshold(heads=6, tokens=32768, route="single-pass"),
+        Threshold(heads=12, tokens=16384, route="single-pass"),
+        Threshold(heads=24, tokens=8192, route="single-pass"),
+    ),
+    ("none", 256): (
+        Threshold(heads=2, tokens=16384, route="single-pass"),
+        Threshold(heads=4, tokens=16384, route="single-pass"),
+        Threshold(heads=8, tokens=4096, route="single-pass"),
+        Threshold(heads=16, tokens=2048, route="single-pass"),
+        Threshold(heads=32, tokens=1024, route="single-pass"),
+        Threshold(heads=64, tokens=1024, route="single-pass"),
+    ),
+}
+"""Of `benchmarks/decode_routes.py` on an H200."""
 
 
 def choose_route(

@@ -13,7 +13,6 @@ DEVICE float activate(float x) {
 
 extern "C" __global__ void gate(const u16* gate_up, int width, u16* out) {
     release_dependents();
-    if (threadIdx.x == 0) prefetch_line(gate_up);  // and with it all parameters
     await_producers();
     const int n = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (n >= width) return;
