@@ -96,7 +96,7 @@ class Products:
         self._element: Element = element
         processors = device.processors or 1
         hopper = device_arch() == ARCHITECTURE
-        self._few = (StreamCodes if hopper else FewRows)(element, kernels, processors)
+        self._codes = (StreamCodes if hopper else FewRows)(element, kernels, processors)
         self._streams = StreamRows(element, kernels, processors) if hopper else None
         self._expand = ExpandMatrix(element, kernels)
         self._scratch = cupy.empty(0, np.uint16)
@@ -119,8 +119,8 @@ class Products:
 
         floats = out.dtype == np.float32
         if linear.coded and not prompts:
-            self._few.load(linear.weight, floats, self._expected[floats])
-            self._few(x, linear.weight, linear.bias, out)
+            self._codes.load(linear.weight, floats, self._expected[floats])
+            self._codes(x, linear.weight, linear.bias, out)
             return
         if not prompts and self._streams is not None and self._streams.takes(linear.weight):
             self._streams.load(linear.weight, floats, self._expected[floats])

@@ -153,11 +153,6 @@ class StreamCodes:
 
         self._kernel = kernel
 
-    @staticmethod
-    def takes(weight: Any) -> bool:
-        """Whether it multiplies with a weight."""
-        return isinstance(weight, CodedMatrix)
-
     def __call__(self, x: Any, weight: CodedMatrix, bias: Any, out: Any) -> None:
         """Write `x @ weight.T (+ bias)` to `out`.
 

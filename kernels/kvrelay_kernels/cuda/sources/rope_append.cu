@@ -47,11 +47,16 @@ rope_append(const u16* qkv, const int* positions, const int* slots, const float*
     const int row = blockIdx.y, lane = threadIdx.x % lanes, d = 8 * lane;
     const bool inside = lane < used_lanes, turned = inside && d < 2 * half_turned, first_half = d < half_turned;
     release_dependents();
-    const int slot = load_fresh(slots + row), position = load_fresh(positions + row);
-    const u64 angles = (u64)position * half_turned + (first_half ? d : d - half_turned);
-    if constexpr (passes == 1)  // few rows
-        if (turned && threadIdx.x < lanes) prefetch_line(cos + angles), prefetch_line(sin + angles);
-    await_producers();
+    int slot, position;
+    const auto angles = [&] { return (u64)position * half_turned + (first_half ? d : d - half_turned); };
+    if constexpr (passes == 1) {  // few rows: latency is what they take
+        slot = load_fresh(slots + row), position = load_fresh(positions + row);
+        if (turned && threadIdx.x < lanes) prefetch_line(cos + angles()), prefetch_line(sin + angles());
+        await_producers();
+    } else {  // of many, most find their row's in the first-level cache
+        await_producers();
+        slot = slots[row], position = positions[row];
+    }
     if (slot < 0) return;  // a row that is nobody's
     u8* const block = cache + (u64)(slot / block_tokens) * block_bytes;
     const int partner = first_half ? half_turned / 8 : -half_turned / 8;  // lanes from here
@@ -67,8 +72,8 @@ rope_append(const u16* qkv, const int* positions, const int* slots, const float*
     }
     float c[8], s[8];
     if (turned) {
-        load_floats(c, cos + angles);
-        load_floats(s, sin + angles);
+        load_floats(c, cos + angles());
+        load_floats(s, sin + angles());
     }
 #pragma unroll
     for (int i = 0; i < passes; i++) {
