@@ -214,6 +214,7 @@ class PrefillEngine(StepLoop):
             if not sound:
                 # Their blocks have left already, so the others of this step go on from here, too.
                 job.error = Internal("NonFiniteActivations: NaN or infinity in the logits of the prompt")
+                log.warning("a prompt failed: %s", job.error, extra={"request_id": job.request_id})
                 continue
             for index in range(first, job.computed // BLOCK_TOKENS):
                 self.pool.name(job.blocks[index], job.keys[index])

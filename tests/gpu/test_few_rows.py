@@ -1,6 +1,5 @@
 """Products of few rows on the GPU at the shapes of real models: accuracy, bits, and capture."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from kvrelay_kernels.quant.weights import as_codes
 from model_runtime.steps import sequence_steps
 from tests.gpu.coded_weights import load, values_of
 from tests.gpu.paged_cache import DTYPES
-from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, product_of, to_device, to_host
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
 WEIGHTS = ["int4", "int8", "int8-g16", "16"]
@@ -26,14 +25,6 @@ CODED: list[tuple[WeightMode, int]] = [("int4", 4), ("int8", 8)]
 def few(cupy: Any, element: Element16, kernels: KernelCache) -> FewRows:
     """The kernels alone, also for 16-bit weights."""
     return FewRows(element, kernels, find_gpu().processors)
-
-
-def run(few: FewRows, x: Any, weight: Any, kind: Any = np.uint16) -> Any:
-    import cupy  # pyright: ignore[reportMissingImports]
-
-    out = cupy.full((len(x), weight.shape[0]), np.nan if kind == np.float32 else 0xFFFF, kind)
-    few(x, weight, None, out)
-    return out
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,13 +42,13 @@ def test_real_shapes(
     values = values_of(backend, weight, element)
     x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
     there = to_device(x, element)
-    sums = run(few, there, weight, np.float32)
+    sums = product_of(few, there, weight, np.float32)
     assert error(sums.get(), x.astype(np.float64) @ values.T) < 2.0**-14
-    whole = run(few, there, weight)
+    whole = product_of(few, there, weight)
     assert error(to_host(whole, element), x.astype(np.float64) @ values.T) < UNIT[element]
     for start, count in ((0, 1), (3, 8), (5, 9), (10, 17), (1, 33), (6, 64), (0, 70)):
         part = cupy.ascontiguousarray(there[start : start + count])
-        assert bool((run(few, part, weight) == whole[start : start + count]).all()), f"{count} rows"
+        assert bool((product_of(few, part, weight) == whole[start : start + count]).all()), f"{count} rows"
 
 
 def test_codes_take_no_more_memory_than_they_say(cupy: Any, backend: PoisonedCudaBackend) -> None:
@@ -124,22 +115,4 @@ def test_inside_a_graph(
             out.data.memset_async(0xFF, out.nbytes, stream)
             graph.launch(stream)
             stream.synchronize()
-            assert bool((out == run(few, x, weight)).all())
-
-
-def test_prompts_and_other_rows_keep_their_bits_side_by_side(
-    cupy: Any, backend: PoisonedCudaBackend, element: Element16
-) -> None:
-    """In a step of both, each row is what it is in a step of its own kind, whatever its length."""
-    rng = np.random.default_rng(4)
-    linear = backend.load_linear([rng.standard_normal((640, 512)).astype(np.float32)], "int4")
-    x = to_device(rng.standard_normal((113, 512)), element)
-    counts, read = [100, 1, 1, 1, 5, 1, 4], np.array([True, False, False, True, True, False, True])
-    mixed, _ = sequence_steps(counts, [0] * 7)
-    found = backend.linear(x, linear, dataclasses.replace(mixed, read=read))
-    singles = cupy.ascontiguousarray(x[[100, 101, 108]])
-    apart = backend.linear(singles, linear, sequence_steps([1] * 3, [0] * 3)[0])
-    assert bool((found[[100, 101, 108]] == apart).all())
-    whole = backend.linear(x, linear, sequence_steps([113], [0])[0])
-    prompts = [*range(100), *range(102, 108), *range(109, 113)]
-    assert bool((found[prompts] == whole[prompts]).all())
+            assert bool((out == product_of(few, x, weight)).all())

@@ -1,5 +1,6 @@
 """The CUDA backend's operations on rows against the reference in float64."""
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.interface import Activation, WeightMode
 from kvrelay_kernels.quant.weights import quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
+from model_runtime.steps import sequence_steps
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, rounded, to_device, to_host
 
 REFERENCE: Any = ReferenceBackend()
@@ -112,3 +114,22 @@ def test_the_bits_of_a_row_do_not_depend_on_the_number_of_rows(
     for start, count in ((0, 1), (5, 2), (100, 17), (640, 64), (64, 256), (7, 1000)):
         part = backend.linear(cupy.ascontiguousarray(x[start : start + count]), linear)
         assert bool((part == whole[start : start + count]).all()), f"{count} rows"
+
+
+@pytest.mark.parametrize("mode", ["float", "int4"])
+def test_prompts_and_other_rows_keep_their_bits_side_by_side(
+    cupy: Any, backend: PoisonedCudaBackend, element: Element16, mode: WeightMode
+) -> None:
+    """In a step of both, each row is what it is in a step of its own kind, whatever its length."""
+    rng = np.random.default_rng(4)
+    linear = backend.load_linear([rng.standard_normal((640, 512)).astype(np.float32)], mode)
+    x = to_device(rng.standard_normal((113, 512)), element)
+    counts, read = [100, 1, 1, 1, 5, 1, 4], np.array([True, False, False, True, True, False, True])
+    mixed, _ = sequence_steps(counts, [0] * 7)
+    found = backend.linear(x, linear, dataclasses.replace(mixed, read=read))
+    singles = cupy.ascontiguousarray(x[[100, 101, 108]])
+    apart = backend.linear(singles, linear, sequence_steps([1] * 3, [0] * 3)[0])
+    assert bool((found[[100, 101, 108]] == apart).all())
+    whole = backend.linear(x, linear, sequence_steps([113], [0])[0])
+    prompts = [*range(100), *range(102, 108), *range(109, 113)]
+    assert bool((found[prompts] == whole[prompts]).all())

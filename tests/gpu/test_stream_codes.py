@@ -14,7 +14,7 @@ from kvrelay_kernels.cuda.stream_codes import StreamCodes
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE
 from tests.gpu.coded_weights import load, values_of
 from tests.gpu.paged_cache import DTYPES
-from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
+from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, product_of, to_device, to_host
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
 WEIGHTS = ["int4", "int8", "int8-g16"]
@@ -32,14 +32,6 @@ def halves(values: NDArray[np.float64], weight: CodedMatrix) -> NDArray[np.float
     """Rounded as the kernels do it."""
     one = weight.unit * BIAS_UNIT
     return (values / one).astype(np.float16).astype(np.float64) * one
-
-
-def run(streams: StreamCodes, x: Any, weight: Any, kind: Any = np.uint16, bias: Any = None) -> Any:
-    import cupy  # pyright: ignore[reportMissingImports]
-
-    out = cupy.full((len(x), weight.shape[0]), np.nan if kind == np.float32 else 0xFFFF, kind)
-    streams(x, weight, bias, out)
-    return out
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,13 +52,13 @@ def test_real_shapes(
     x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
     bias = to_device(np.random.default_rng(2).standard_normal(shape[0]), element)
     there, wanted = to_device(x, element), x.astype(np.float64) @ values.T
-    assert error(run(streams, there, weight, np.float32).get(), wanted) < bound
-    whole = run(streams, there, weight, bias=bias)
+    assert error(product_of(streams, there, weight, np.float32).get(), wanted) < bound
+    whole = product_of(streams, there, weight, bias=bias)
     shifted = wanted + to_host(bias, element).astype(np.float64)
     assert error(to_host(whole, element), shifted) < UNIT[element] + bound
     for start, count in ((0, 1), (3, 8), (5, 9), (10, 17), (1, 33), (6, 64), (0, 70)):
         part = cupy.ascontiguousarray(there[start : start + count])
-        same = run(streams, part, weight, bias=bias)
+        same = product_of(streams, part, weight, bias=bias)
         assert bool((same == whole[start : start + count]).all()), f"{count} rows"
 
 
@@ -83,7 +75,7 @@ def test_rows_of_every_size(
     x[7] *= 2.0 ** np.repeat(np.arange(64) % 7 * 8 - 24, 64)
     x[8, 77] = np.inf
     x = x.astype(DTYPES[element])
-    found = run(streams, to_device(x, element), weight, np.float32).get()
+    found = product_of(streams, to_device(x, element), weight, np.float32).get()
     for row in range(8):
         wanted = x[row : row + 1].astype(np.float64) @ values.T
         assert error(found[row : row + 1], wanted) < 2.0**-14, f"row {row}"
@@ -118,5 +110,5 @@ def test_inside_a_graph(
             graph.launch(stream)
             stream.synchronize()
             for given, out in zip([x, *outs[:2]], outs, strict=True):
-                assert bool((out == run(streams, given, weight)).all())
+                assert bool((out == product_of(streams, given, weight)).all())
                 stream.synchronize()

@@ -1,6 +1,5 @@
 """Products that stream 16-bit weights, at the shapes of real models: accuracy, bits, routes and capture."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,8 @@ from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, MOST_ROWS, StreamRows
-from model_runtime.steps import sequence_steps
 from tests.gpu.paged_cache import DTYPES
-from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, to_device, to_host
+from tests.gpu.poisoned import UNIT, error, product_of, to_device, to_host
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (577, 1544), (40, 64)]
 COUNTS = (1, 2, 8, 9, 16, 17, 33, 64, MOST_ROWS + 6)
@@ -32,14 +30,6 @@ def weight_of(n: int, k: int, element: str) -> Any:
     return to_device(values, element)
 
 
-def run(streams: StreamRows, x: Any, weight: Any, kind: Any = np.uint16, bias: Any = None) -> Any:
-    import cupy  # pyright: ignore[reportMissingImports]
-
-    out = cupy.full((len(x), weight.shape[0]), np.nan if kind == np.float32 else 0xFFFF, kind)
-    streams(x, weight, bias, out)
-    return out
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_shapes(cupy: Any, streams: StreamRows, element: Element16, shape: tuple[int, int]) -> None:
     """Against float64, for every number of columns; a row's bits are the same in each, and each time."""
@@ -48,13 +38,13 @@ def test_real_shapes(cupy: Any, streams: StreamRows, element: Element16, shape: 
     x = np.random.default_rng(1).standard_normal((MOST_ROWS + 6, shape[1])).astype(DTYPES[element])
     bias = np.random.default_rng(2).standard_normal(shape[0]).astype(DTYPES[element])
     there, wanted = to_device(x, element), x.astype(np.float64) @ values.T
-    assert error(run(streams, there, weight, np.float32).get(), wanted) < 2.0**-14
-    whole = run(streams, there, weight, bias=to_device(bias, element))
+    assert error(product_of(streams, there, weight, np.float32).get(), wanted) < 2.0**-14
+    whole = product_of(streams, there, weight, bias=to_device(bias, element))
     assert error(to_host(whole, element), wanted + bias.astype(np.float64)) < UNIT[element]
     for count in COUNTS:
         start = (len(x) - count) // 2
         part = cupy.ascontiguousarray(there[start : start + count])
-        same = run(streams, part, weight, bias=to_device(bias, element))
+        same = product_of(streams, part, weight, bias=to_device(bias, element))
         assert bool((same == whole[start : start + count]).all()), f"{count} rows"
 
 
@@ -83,24 +73,6 @@ def test_inside_a_graph(cupy: Any, streams: StreamRows, element: Element16) -> N
                 array.data.memset_async(0xFF, array.nbytes, stream)
             graph.launch(stream)
             stream.synchronize()
-            wanted = run(streams, x, first)
+            wanted = product_of(streams, x, first)
             assert bool((middle == wanted).all())
-            assert bool((out == run(streams, wanted, second)).all())
-
-
-def test_prompts_and_other_rows_keep_their_bits_side_by_side(
-    cupy: Any, backend: PoisonedCudaBackend, element: Element16
-) -> None:
-    """In a step of both, each row is what it is in a step of its own kind, whatever its length."""
-    rng = np.random.default_rng(4)
-    linear = backend.load_linear([rng.standard_normal((640, 512)).astype(np.float32)], "float")
-    x = to_device(rng.standard_normal((113, 512)), element)
-    counts, read = [100, 1, 1, 1, 5, 1, 4], np.array([True, False, False, True, True, False, True])
-    mixed, _ = sequence_steps(counts, [0] * 7)
-    found = backend.linear(x, linear, dataclasses.replace(mixed, read=read))
-    singles = cupy.ascontiguousarray(x[[100, 101, 108]])
-    apart = backend.linear(singles, linear, sequence_steps([1] * 3, [0] * 3)[0])
-    assert bool((found[[100, 101, 108]] == apart).all())
-    whole = backend.linear(x, linear, sequence_steps([113], [0])[0])
-    prompts = [*range(100), *range(102, 108), *range(109, 113)]
-    assert bool((found[prompts] == whole[prompts]).all())
+            assert bool((out == product_of(streams, wanted, second)).all())

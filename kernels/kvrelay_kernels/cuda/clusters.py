@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvrelay_kernels.cuda.driver import driver_library
+from kvrelay_kernels.cuda.launch import launch_attribute, launch_config
 from kvrelay_kernels.errors import KernelError
 
 PORTABLE, LARGEST = 8, 16
@@ -21,30 +22,6 @@ Rooms = Mapping[int, int]
 # Numbers of the driver API (cuda.h).
 _CLUSTER_DIMENSION = 4
 _NON_PORTABLE_ALLOWED = 14
-
-
-class _Attribute(ctypes.Structure):
-    """`CUlaunchAttribute` of a cluster's size."""
-
-    _fields_ = (
-        ("id", ctypes.c_int),
-        ("pad", ctypes.c_int),
-        ("size", ctypes.c_uint * 3),
-        ("rest", ctypes.c_int * 13),
-    )
-
-
-class _Config(ctypes.Structure):
-    """`CUlaunchConfig`."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
 
 
 def largest_cluster(arch: str) -> int:
@@ -75,11 +52,11 @@ def find_rooms(kernel: Any, threads: int, shared_bytes: int, sizes: Sequence[int
         allow_large(kernel)
     rooms: dict[int, int] = {}
     for size in sizes:
-        attribute = _Attribute(_CLUSTER_DIMENSION, 0, (size, 1, 1))
-        config = _Config((size, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(attribute), 1)
+        attribute = launch_attribute(_CLUSTER_DIMENSION, size, 1, 1)
+        config = launch_config((size,), (threads,), shared_bytes, 0, attribute)
         count = ctypes.c_int()
         code = driver_library().cuOccupancyMaxActiveClusters(
-            ctypes.byref(count), ctypes.c_void_p(kernel.ptr), ctypes.byref(config)
+            ctypes.byref(count), ctypes.c_void_p(kernel.ptr), config
         )
         if code:
             raise KernelError(f"cuOccupancyMaxActiveClusters failed with {code} for clusters of {size}")

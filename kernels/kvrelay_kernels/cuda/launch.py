@@ -40,13 +40,33 @@ OLDEST_CAPABILITY, OLDEST_CUDA = (9, 0), (12, 3)
 # The driver API's numbers and structures (cuda.h), packed as C lays them out: quicker than ctypes.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _INVALID_CONTEXT = 201
-_ATTRIBUTE = struct.Struct("iii60x")
-"""`CUlaunchAttribute`: number, padding, and a value that is an int."""
+_ATTRIBUTE = struct.Struct("ii64s")
+"""`CUlaunchAttribute`: number, padding, and a value."""
 _CONFIG = struct.Struct("7IPPI4x")
 """`CUlaunchConfig`: grid, block, shared memory, stream, attributes, and how many there are."""
 _WORD = struct.Struct("q")
 
-_OVERLAP = ctypes.create_string_buffer(_ATTRIBUTE.pack(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
+
+def launch_attribute(number: int, *value: int) -> "ctypes.Array[ctypes.c_char]":
+    """A `CUlaunchAttribute` whose value is of 32-bit integers; it lives as long as the buffer."""
+    return ctypes.create_string_buffer(_ATTRIBUTE.pack(number, 0, struct.pack(f"{len(value)}I", *value)))
+
+
+def launch_config(
+    grid: Sequence[int],
+    block: Sequence[int],
+    shared_bytes: int,
+    stream: int,
+    attribute: "ctypes.Array[ctypes.c_char]",
+    attributes: int = 1,
+) -> bytes:
+    """A `CUlaunchConfig` that points to `attribute`, if `attributes` is not 0."""
+    return _CONFIG.pack(
+        *_dimensions(grid), *_dimensions(block), shared_bytes, stream, ctypes.addressof(attribute), attributes
+    )
+
+
+_OVERLAP = launch_attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
 
 
 class Kernel:
@@ -81,10 +101,8 @@ class Kernel:
 
         if 0 in grid:
             return
-        config = _CONFIG.pack(
-            *_dimensions(grid), *_dimensions(block), shared_mem, get_current_stream().ptr,
-            ctypes.addressof(_OVERLAP), self.overlaps,
-        )  # fmt: skip
+        stream = get_current_stream().ptr
+        config = launch_config(grid, block, shared_mem, stream, _OVERLAP, self.overlaps)
         parameters = (ctypes.c_char_p * len(args))(*map(parameter_bytes, args))
         call = config, ctypes.c_void_p(self.ptr), parameters, None
         code = self._launch(*call)

@@ -130,9 +130,6 @@ static u32 fma_halves_relu(u32 a, u32 b, u32 c) {
     return halves(std::max(0.0, double(low_half(a)) * low_half(b) + low_half(c)),
                   std::max(0.0, double(high_half(a)) * high_half(b) + high_half(c)));
 }
-static u32 add_halves(u32 a, u32 b) {
-    return halves(double(low_half(a)) + low_half(b), double(high_half(a)) + high_half(b));
-}
 static u32 multiply_halves(u32 a, u32 b) {
     return halves(double(low_half(a)) * low_half(b), double(high_half(a)) * high_half(b));
 }

@@ -196,11 +196,6 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
 }
-DEVICE u32 add_halves(u32 a, u32 b) {
-    u32 r;
-    asm("add.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
 DEVICE u32 multiply_halves(u32 a, u32 b) {
     u32 r;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

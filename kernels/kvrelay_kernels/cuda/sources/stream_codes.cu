@@ -34,7 +34,7 @@ using Operands = u32[sets][unit_steps][4];
 // Begins to add the products of a group's units of a stage with one tile; `done` is called when those of the stage before
 // are added.
 template <class Done>
-DEVICE void add_stage(float (&sums)[count], Operands& a, const Ring& ring, const Turn& turn, int tile, int group, Done done) {
+DEVICE void add_stage(float (&sums)[count], Operands& a, const Ring& ring, const Place& turn, int tile, int group, Done done) {
     const u32 stage = ring.stage(turn), pair = tile / pair_tiles * stage_units, at = tile % pair_tiles;
     const u32 codes = stage + codes_at + (pair + group) * pair_code_bytes + at * unit_code_bytes;
     const u32 factors = stage + factors_at + (pair + group) * pair_factor_bytes + at * unit_factor_bytes;
@@ -130,18 +130,18 @@ stream_codes(const u16* x, const __grid_constant__ TensorMap codes, const __grid
     if (warp < consumer_warps) {
         await_producers();
         Operands operands;
-        Turn turn;
+        Place turn;
         for (int band = blockIdx.x / cluster; band < share.bands; band += share.step) {
 #pragma unroll
             for (float& sum : sums) sum = 0;
-            Turn late;
+            Place late;
             for (int at = share.begin; at < share.end; at += stage_units) {
                 wait_barrier(ring.full(turn), turn.phase);
                 add_stage(sums, operands, ring, turn, min(warp % tile_warps, tiles - 1), warp / tile_warps, [&] {
                     if (at > share.begin && threadIdx.x % 32 == 0) arrive_at(ring.empty(late));
                 });
                 late = turn;
-                turn.advance();
+                turn.next();
             }
             wait_products<0>();
             hold(sums);

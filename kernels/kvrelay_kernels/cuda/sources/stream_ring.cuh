@@ -8,6 +8,7 @@
 #pragma once
 #include "elements.cuh"
 #include "half_codes.cuh"
+#include "turn.cuh"
 #include "warpgroup.cuh"
 
 constexpr int columns = COLUMNS;  // rows of x, padded: 8, 16, 32 or 64
@@ -35,31 +36,24 @@ constexpr int quads = pass_rows / 4;                                            
 constexpr int shared_bytes_used = arriving_at + row_warps * row_depth * quads * 512;
 static_assert(shared_bytes_used <= SHARED_BYTES, "what the launcher asks for");
 
-// A place in the ring, and which turn of it this is.
-struct Turn {
-    int stage = 0;
-    u32 phase = 0;
-    DEVICE void advance() {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
+using Place = Turn<stages>;
 
 struct Ring {
     u32 memory;
 
-    DEVICE u32 stage(const Turn& turn) const { return memory + turn.stage * stage_bytes; }
-    DEVICE u32 powers(const Turn& turn) const { return memory + powers_at + turn.stage * powers_bytes; }
-    DEVICE u32 power(const Turn& turn, int unit, int row) const {
+    DEVICE u32 stage(const Place& turn) const { return memory + turn.at * stage_bytes; }
+    DEVICE u32 powers(const Place& turn) const { return memory + powers_at + turn.at * powers_bytes; }
+    DEVICE u32 power(const Place& turn, int unit, int row) const {
         return powers(turn) + flag_bytes + (unit * columns + row) * 4;
     }
-    DEVICE bool any_power(const Turn& turn) const {
+    DEVICE bool any_power(const Place& turn) const {
         return __any_sync(every_lane, load_shared(powers(turn) + 4 * (threadIdx.x % 32 % row_warps)));
     }
-    DEVICE u32 full(const Turn& turn) const { return memory + barriers_at + turn.stage * 16; }
-    DEVICE u32 empty(const Turn& turn) const { return full(turn) + 8; }
+    DEVICE u32 full(const Place& turn) const { return memory + barriers_at + turn.at * 16; }
+    DEVICE u32 empty(const Place& turn) const { return full(turn) + 8; }
 
     DEVICE void create() const {
-        for (Turn turn; turn.phase == 0; turn.advance()) {
+        for (Place turn; turn.phase == 0; turn.next()) {
             create_barrier(full(turn), 1 + row_warps);
             create_barrier(empty(turn), consumer_warps);
         }
@@ -93,7 +87,7 @@ struct Stage {
 // One thread: whole stages, be they full or not. codes and factors: the weight's, in planes of a pair of tiles and rows of
 // a unit.
 DEVICE void bring_weight(const Ring& ring, const Share& share, const TensorMap& codes, const TensorMap& factors) {
-    Turn turn;
+    Place turn;
     bool first = true;
     for (Stage stage(share); !stage.none(share); stage.advance(share)) {
         if (!first) wait_barrier(ring.empty(turn), turn.phase ^ 1);
@@ -101,8 +95,8 @@ DEVICE void bring_weight(const Ring& ring, const Share& share, const TensorMap& 
         expect_bytes(full, pairs * stage_units * (pair_code_bytes + pair_factor_bytes));
         copy_planes_once(to + codes_at, &codes, stage.unit, stage.band * pairs, full);
         copy_planes_once(to + factors_at, &factors, stage.unit, stage.band * pairs, full);
-        turn.advance();
-        if (turn.stage == 0) first = false;
+        turn.next();
+        if (turn.at == 0) first = false;
     }
 }
 
@@ -176,7 +170,7 @@ struct RowFeed {
     }
 
     // What has arrived becomes rows of the other operand; whether powers of two were needed.
-    DEVICE bool convert(const Turn& turn, int pass, int slot) const {
+    DEVICE bool convert(const Place& turn, int pass, int slot) const {
         u32 v[quads][4];
         const int unit = pass / passes, first = pass % passes * pass_rows;
         bool scaled = false;
@@ -217,7 +211,7 @@ struct RowFeed {
     DEVICE void run_all(int warp) const {
         RowPlace ahead(share, warp);
         for (int slot = 0; slot < row_depth; slot++) fetch(ahead, slot);
-        Turn turn;
+        Place turn;
         bool first_turn = true;
         int slot = 0;
         for (Stage stage(share); !stage.none(share); stage.advance(share)) {
@@ -234,8 +228,8 @@ struct RowFeed {
             order_before_bulk();
             __syncwarp();
             if (speaks) arrive_at(ring.full(turn));
-            turn.advance();
-            if (turn.stage == 0) first_turn = false;
+            turn.next();
+            if (turn.at == 0) first_turn = false;
         }
     }
 };
