@@ -35,6 +35,7 @@ from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout, parse
 from model_runtime.opening import open_decoder
 from model_runtime.options import DecoderOptions
 from model_runtime.progress import silent
+from model_runtime.sampler import SamplingConfig, sample
 from model_runtime.steps import sequence_steps
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
@@ -88,7 +89,8 @@ class Named:
 
         def call(*args: Any) -> Any:
             result = method(*args)
-            shape = f" {args[1].columns} -> {args[1].rows}" if name in ("linear", "logits") else ""
+            multiplies = name in ("linear", "gated_linear", "logits")
+            shape = f" {args[1].columns} -> {args[1].rows}" if multiplies else ""
             self._names.extend([name + shape] * (len(recorder.operations) - len(self._names)))
             return result
 
@@ -310,6 +312,19 @@ class Bench:
             )
             self.add("embed", rows, 1, 2 * x.nbytes, 0, lambda ids=ids: backend.embed(table, ids, 1.0), 1)
 
+    def draws(self) -> None:
+        """The sampler's, of one row."""
+        logits = 3 * self.floats(VOCABULARY)
+        configs = {
+            "greedy": SamplingConfig(temperature=0),
+            "top-p": SamplingConfig(temperature=0.8, top_p=0.95),
+        }
+        for name, config in configs.items():
+            self.add(
+                f"draw {name}", 1, 1, logits.nbytes, 0,
+                lambda config=config: sample(logits, config, 0, [], []), 1,
+            )  # fmt: skip
+
     def recorded(self, model: str, kv_format: str, past: int) -> None:
         """Steps of decode of a real model behind `past` tokens, 1 row and 8."""
         decoder = open_decoder(DecoderOptions(model, threads=self.backend.threads), silent)
@@ -359,6 +374,7 @@ def main() -> None:
         for kv_format in options.formats:
             bench.attentions(kv_format)
         bench.elementwise()
+        bench.draws()
     for kv_format in options.formats:
         bench.recorded(options.model, kv_format, options.past)
     print(

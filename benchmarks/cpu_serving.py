@@ -267,7 +267,7 @@ def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="smollm2", help="known name or GGUF file")
-    parser.add_argument("--weights", default="auto", choices=["auto", "float", "int8", "int4"])
+    parser.add_argument("--weights", default="auto", choices=["auto", "float", "int8", "fp8", "int4"])
     parser.add_argument("--kv-format", default="int8")
     parser.add_argument("--transport", default="grpc", choices=["grpc", "redis"])
     parser.add_argument("--threads", type=int, default=cores())

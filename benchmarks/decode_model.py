@@ -1,6 +1,6 @@
 """How fast whole models write answers on the GPU, with random weights in the shapes of real ones.
 
-    python -m benchmarks.decode_model [--quick] [--models llama-8b] [--weights bf16,int8,int4] [--route NAME]
+    python -m benchmarks.decode_model [--quick] [--models llama-8b] [--weights bf16,int4] [--route NAME]
         [--no-parts] [--no-overlap]
 
 A case is a number of sequences of one length in a cache of one format. The cache is not the work of a
@@ -9,12 +9,13 @@ order. Then the decode engine's own way of taking steps (`Decoder.new_token_step
 n + 1 is launched, then the tokens of step n are read. Step times are those between two such readings; streams
 are greedy but for a second run, `drawn`, at temperature 0.8 and top-p 0.95.
 
-Host time is that of a launch, and of reading tokens that are there already. The parts are differences: a step
-of which only one kind of operation is recorded, less one that is empty; what they leave of the step is called
-`rest`: the draw, and what lies between kernels, less than nothing where kernels of several kinds overlap.
-With `--no-overlap` each kernel begins when the one ahead has ended. The floor is the time in which a kernel
-that only reads gets through the weights and the cache, in the same run. Each model and kind of weights has a
-process of its own. Writes results/h200/decode_model.json.
+Host time is what a step takes of the host while steps follow each other so: its launch, beside the step that
+is under way, and the reading of tokens that are there; waiting for the device does not count. The parts are
+differences: a step of which only one kind of operation is recorded, less one that is empty; what they leave
+of the step is called `rest`: the draw, and what lies between kernels, less than nothing where kernels of
+several kinds overlap. With `--no-overlap` each kernel begins when the one ahead has ended. The floor is the
+time in which a kernel that only reads gets through the weights and the cache, in the same run. Each model and
+kind of weights has a process of its own. Writes results/h200/decode_model.json.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from model_runtime.sampler import Sampled, SamplingConfig
 from model_runtime.token_steps import TokenSteps
 
 MODELS = {config.name: config for config in (LLAMA_8B, QWEN3_4B, SMOLLM2_135M)}
-WEIGHTS = {"bf16": 16, "int8": 8, "int4": 4}
+WEIGHTS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
 STEPS = 64
 """Timed ones; as many tokens are the answers longer at the end."""
 WARM_STEPS = 4
@@ -140,20 +141,22 @@ def step_seconds(steps: TokenSteps, streams: Sequence[Stream], batches: Batches)
     return np.diff(read[WARM_STEPS - 1 :]).tolist()
 
 
-def host_seconds(
-    steps: TokenSteps, streams: Sequence[Stream], batch: StepBatch, settle: Callable[[], None]
-) -> float:
-    """Median seconds that a step takes of the host: its launch, and the reading of tokens that are there."""
+def host_seconds(steps: TokenSteps, streams: Sequence[Stream], batch: StepBatch) -> list[float]:
+    """Seconds of the host that each step takes: a launch, and the reading of the tokens of the one ahead."""
     times: list[float] = []
-    for _ in range(REPEATS):
+    before = steps.launch(batch, streams)
+    for _ in range(STEPS):
         begin = time.perf_counter()
         flight = steps.launch(batch, streams)
         launched = time.perf_counter()
-        settle()
+        while not before.done:
+            pass
         settled = time.perf_counter()
-        _tokens(flight.wait())
+        _tokens(before.wait())
         times.append(launched - begin + time.perf_counter() - settled)
-    return median(times)
+        before = flight
+    _tokens(before.wait())
+    return times
 
 
 def _tokens(outcomes: Iterable[Sampled | KernelError]) -> list[int]:
@@ -167,7 +170,7 @@ def _tokens(outcomes: Iterable[Sampled | KernelError]) -> list[int]:
 
 PARTS = {
     "linear": "products", "attention": "attention", "rope_append": "append", "embed": "rows",
-    "rms_norm": "rows", "add_rms_norm": "rows", "gate": "rows", "logits": "head",
+    "rms_norm": "rows", "add_rms_norm": "rows", "gated_linear": "products", "logits": "head",
 }  # fmt: skip
 """Of which part each operation is."""
 
@@ -262,7 +265,7 @@ def run_case(decoder: Decoder, case: Case, weight_bytes: int, peak: float) -> di
     streams = open_streams(steps, case, GREEDY)
     seconds = step_seconds(steps, streams, batches)
     last = batches.step(WARM_STEPS + STEPS)
-    host = host_seconds(steps, streams, last, backend.stream.synchronize)
+    host = host_seconds(steps, streams, last)
     for stream in streams:
         steps.leave(stream)
     drawn = step_seconds(steps, open_streams(steps, case, DRAWN), batches)
@@ -270,13 +273,13 @@ def run_case(decoder: Decoder, case: Case, weight_bytes: int, peak: float) -> di
     cache_bytes = case.batch * (case.length + STEPS / 2) * token_bytes
     floor = 1e3 * (weight_bytes + cache_bytes) / peak
     step = 1e3 * median(seconds)
-    cuts = quantiles([1e3 * one for one in seconds], n=10)
+    cuts, host_cuts = (quantiles([1e3 * one for one in times], n=10) for times in (seconds, host))
     row: dict[str, Any] = {
         **asdict(case),
         "tokens_per_second": 1e3 * case.batch / step,
         "step_milliseconds": {"median": step, "p10": cuts[0], "p90": cuts[-1]},
         "drawn_step_milliseconds": 1e3 * median(drawn),
-        "host_milliseconds": 1e3 * host,
+        "host_milliseconds": {"median": 1e3 * median(host), "p90": host_cuts[-1]},
         "cache_bytes": cache_bytes,
         "floor_milliseconds": floor,
         "fraction_of_floor": floor / step,
@@ -301,7 +304,7 @@ def run_model(
     backend: Any = CudaBackend(
         element="bfloat16", plans=open_plans(default_plan_folder()), decode_route=route, overlap=overlap
     )
-    decoder = Decoder(random_checkpoint(config, WEIGHTS[weights]), backend)
+    decoder = Decoder(random_checkpoint(config, weights), backend)
     backend.stream.synchronize()
     loaded = time.perf_counter() - begin
     pool.free_all_blocks()
@@ -329,12 +332,12 @@ def run_model(
 
 def print_row(name: str, weights: str, row: dict[str, Any]) -> None:
     """A line of the table."""
-    step = row["step_milliseconds"]
+    step, host = row["step_milliseconds"], row["host_milliseconds"]
     print(
         f"{name:12} {weights:5} cache {row['cache']:5} {row['batch']:4} x {row['length']:<6}"
         f" {row['tokens_per_second']:8.0f} tok/s, step {step['median']:7.3f} ms"
         f" ({step['p10']:.3f} to {step['p90']:.3f}), drawn {row['drawn_step_milliseconds']:.3f},"
-        f" host {row['host_milliseconds']:.3f},"
+        f" host {host['median']:.3f} (to {host['p90']:.3f}),"
         f" floor {row['floor_milliseconds']:7.3f} ({row['fraction_of_floor']:.0%})"
         + "".join(f" {part} {spent:.3f}" for part, spent in row.get("parts_milliseconds", {}).items()),
         flush=True,
@@ -370,7 +373,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", help="by default all; llama-8b alone where it is to be quick")
-    parser.add_argument("--weights", help="by default bf16,int8,int4; bf16,int4 where it is to be quick")
+    parser.add_argument("--weights", help="by default bf16,int8,fp8,int4; bf16,int4 where it is to be quick")
     parser.add_argument("--quick", action="store_true", help="few cases")
     parser.add_argument("--route", help="force decode attention's: split-k, single-pass or cudnn")
     parser.add_argument(

@@ -27,6 +27,7 @@ from kvrelay_kernels.cuda.gemm import CudaLinear, Products
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.cuda.rows import RowKernels
 from kvrelay_kernels.cuda.stream_codes import StreamCodes
+from kvrelay_kernels.cuda.stream_integers import StreamIntegers
 from kvrelay_kernels.cuda.stream_rows import StreamRows
 from kvrelay_kernels.cuda.weights import WeightLoader
 from kvrelay_kernels.interface import WeightMode
@@ -35,7 +36,7 @@ from kvrelay_kernels.quant.weights import quantize_weight
 
 PATH = RESULTS / "h200" / "few_rows.json"
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cublas")
-ROWS = (1, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MOST_COPIES = 32
 PROOF_COLUMNS = 256
 """Rows of a weight whose results are checked."""
@@ -63,7 +64,7 @@ SHAPES = [
     Shape("qwen3-4b down", 2560, 9728),
     Shape("qwen3-4b head", 151936, 2560, logits=True),
 ]
-MODES: dict[str, WeightMode] = {"16": "float", "int8": "int8", "int4": "int4"}
+MODES: dict[str, WeightMode] = {"16": "float", "int8": "int8", "fp8": "fp8", "int4": "int4"}
 FORMS = [*MODES, "int4 exact", "int8 g16 exact"]
 """`exact`: scales that float16 does not have, as in GGUF's Q4_K and Q6_K."""
 
@@ -77,6 +78,7 @@ class Bench:
         self.few = FewRows("bfloat16", kernels, gpu.processors)
         self.streams = StreamRows("bfloat16", kernels, gpu.processors)
         self.codes = StreamCodes("bfloat16", kernels, gpu.processors)
+        self.integers = StreamIntegers("bfloat16", kernels, gpu.processors)
         self.products = Products("bfloat16", kernels, PlanStore(), gpu.device_class)
         self.rows = RowKernels("bfloat16", kernels)
         values = cupy.random.standard_normal((shape.n, shape.k), np.float32)
@@ -95,8 +97,8 @@ class Bench:
             return weight.copy()
         return replace(weight, codes=weight.codes.copy(), factors=weight.factors.copy())
 
-    def contenders(self) -> dict[str, Callable[[Any, Any, Any], None]]:
-        """By name: what writes a product of x with a weight."""
+    def contenders(self, rows: int) -> dict[str, Callable[[Any, Any, Any], None]]:
+        """By name: what writes a product of so many rows of x with a weight."""
         found: dict[str, Callable[[Any, Any, Any], None]] = {
             "few_rows": lambda x, w, out: self.few(x, w, None, out)
         }
@@ -105,6 +107,8 @@ class Bench:
             found["cublasLt"] = lambda x, w, out: self.products(x, CudaLinear(w, None), out, prompts=True)
         else:
             found["stream_codes"] = lambda x, w, out: self.codes(x, w, None, out)
+            if self.integers.takes(self.weights[0], rows):
+                found["stream_integers"] = lambda x, w, out: self.integers(x, w, None, out)
         return found
 
     def run(self, rows: int) -> list[dict[str, Any]]:
@@ -113,7 +117,7 @@ class Bench:
         x = bfloat16_bits(cupy.random.standard_normal((rows, k), np.float32))
         kind = np.float32 if self.shape.logits else np.uint16
         found: list[dict[str, Any]] = []
-        for name, product in self.contenders().items():
+        for name, product in self.contenders(rows).items():
             outs = [cupy.full((rows, n), 0xFF, kind) for _ in self.weights]
             calls = [
                 lambda w=w, out=out, f=product: f(x, w, out)
@@ -137,7 +141,8 @@ class Bench:
         weight = self.weights[-1]
         if isinstance(weight, CodedMatrix):
             values = cupy.empty((PROOF_COLUMNS, self.shape.k), np.float32)
-            self.rows.embed(weight, cupy.arange(first, self.shape.n, dtype=np.int32), 1.0, values)
+            ids = cupy.asarray(np.arange(first, self.shape.n, dtype=np.int32))
+            self.rows.embed(weight, ids, 1.0, values)
         else:
             values = from_bfloat16(weight[first:])
         wanted = from_bfloat16(x).astype(np.float64) @ values.astype(np.float64).T
@@ -161,7 +166,7 @@ def main() -> None:
     print(f"read bandwidth {peak / 1e12:.3f} TB/s")
     shapes, counts = (SHAPES[:4], (1, 32)) if options.quick else (SHAPES, ROWS)
     results: list[dict[str, Any]] = []
-    print(f"{'weight':20} {'form':15} rows {'contender':12}       us    least     most  GB/s of read  error")
+    print(f"{'weight':20} {'form':15} rows {'contender':15}       us    least     most  GB/s of read  error")
     for shape in shapes:
         for form in FORMS:
             bench = Bench(shape, form, kernels, stream)
@@ -171,7 +176,7 @@ def main() -> None:
                     results.append(row)
                     times = row["microseconds"]
                     print(
-                        f"{shape.name:20} {form:15} {rows:4} {row['contender']:12}"
+                        f"{shape.name:20} {form:15} {rows:4} {row['contender']:15}"
                         f" {times['median']:8.2f} {times['least']:8.2f} {times['most']:8.2f}"
                         f" {row['bytes_per_second'] / 1e9:5.0f} {row['fraction_of_read']:7.1%}"
                         f" {row['relative_error']:.1e}",

@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="smollm2")
-    modes = ["auto", "float", "int8", "int4"]
+    modes = ["auto", "float", "int8", "fp8", "int4"]
     parser.add_argument("--weights", nargs="+", default=["auto"], choices=modes)
     parser.add_argument("--window", type=int, default=2049, help="tokens of a sequence, one not judged")
     parser.add_argument("--sequences", type=int, default=12)

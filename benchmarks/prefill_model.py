@@ -52,8 +52,8 @@ PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cublas", "nvidia-cudnn-cu13", "nvid
 MODELS = {config.name: config for config in (LLAMA_8B, QWEN3_4B, GEMMA3_4B)}
 
 PARTS = {
-    "embed": "rows", "rms_norm": "rows", "add_rms_norm": "rows", "gate": "gate", "linear": "products",
-    "rope_append": "append", "attention": "attention", "logits": "logits",
+    "embed": "rows", "rms_norm": "rows", "add_rms_norm": "rows", "linear": "products",
+    "gated_linear": "gated products", "rope_append": "append", "attention": "attention", "logits": "logits",
 }  # fmt: skip
 
 
@@ -129,7 +129,8 @@ def floors(config: ModelConfig, lengths: Sequence[int], kv_bytes: float) -> dict
     """Milliseconds that each part cannot do without; `kv_bytes` of a token of one layer."""
     tokens, heads = sum(lengths), config.heads * config.head_dim
     qkv = heads + 2 * config.kv_heads * config.head_dim
-    weights = config.hidden * (qkv + heads + 3 * config.intermediate)
+    gated = 2 * config.hidden * config.intermediate
+    weights = config.hidden * (qkv + heads + config.intermediate)
     pairs = 0.0
     for window in config.windows:
         for length in lengths:
@@ -144,7 +145,7 @@ def floors(config: ModelConfig, lengths: Sequence[int], kv_bytes: float) -> dict
         "products": 2e3 * tokens * config.layers * weights / FLOPS,
         "attention": 4e3 * pairs * heads / FLOPS,
         "rows": 1e3 * rows / BYTES,
-        "gate": 1e3 * gates / BYTES,
+        "gated products": config.layers * 2e3 * tokens * gated / FLOPS + 1e3 * gates / BYTES,
         "append": 1e3 * append / BYTES,
         "logits": 1e3 * head / BYTES,
     }

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from kvrelay_kernels.quant import AffineWeight
+from kvrelay_kernels.quant import AffineWeight, ScaledWeight
+from kvrelay_kernels.quant.levels import decode_e4m3
+from kvrelay_kernels.quant.scales import E4M3_NAN
 from model_runtime.config import ModelConfig, RopeScaling
 from model_runtime.weights import Checkpoint, StoredTensor, TokenizerSource, expected_shapes
 
@@ -41,15 +44,15 @@ SMOLLM2_135M = replace(
 )  # fmt: skip
 
 
-def random_checkpoint(config: ModelConfig, bits: int = 16) -> Checkpoint:
-    """Weights of variance 1 / columns, bfloat16 or in codes of 8 or 4 bits; norms are ones.
+def random_checkpoint(config: ModelConfig, weights: str = "bf16") -> Checkpoint:
+    """Weights of variance 1 / columns, in one of `DRAWS`; norms are ones.
 
     They are drawn when they are read, and lie on the device.
     """
-    draw = _floats if bits == 16 else _codes
+    draw = DRAWS[weights]
 
     def reader(number: int, dims: tuple[int, ...]) -> Callable[[], Any]:
-        return lambda: np.ones(dims, np.float32) if len(dims) == 1 else draw(number, dims[0], dims[1], bits)
+        return lambda: np.ones(dims, np.float32) if len(dims) == 1 else draw(number, dims[0], dims[1])
 
     tensors = {
         name: StoredTensor(dims, reader(number, dims))
@@ -62,7 +65,7 @@ def random_checkpoint(config: ModelConfig, bits: int = 16) -> Checkpoint:
     return Checkpoint(config, tensors, TokenizerSource(no_tokenizer, None, {}))
 
 
-def _floats(number: int, rows: int, columns: int, bits: int) -> Any:
+def _floats(number: int, rows: int, columns: int) -> Any:
     """Normal bfloat16."""
     import cupy  # pyright: ignore[reportMissingImports]
 
@@ -72,7 +75,18 @@ def _floats(number: int, rows: int, columns: int, bits: int) -> Any:
     return values.view(np.uint16)[:, 1::2].view(ml_dtypes.bfloat16)
 
 
-def _codes(number: int, rows: int, columns: int, bits: int) -> Any:
+def _small_floats(number: int, rows: int, columns: int) -> Any:
+    """Uniform 8-bit floats, under one scale a row."""
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    numbers = decode_e4m3(np.arange(E4M3_NAN, dtype=np.uint8))
+    codes = cupy.random.RandomState(number).randint(0, 2 * E4M3_NAN, (rows, columns), np.uint8)
+    codes += codes >= E4M3_NAN  # which is left out, and 0xff never drawn
+    scale = (columns * np.square(numbers).mean()) ** -0.5
+    return ScaledWeight(codes, cupy.full((rows, 1), scale, np.float32), columns)
+
+
+def _codes(bits: int, number: int, rows: int, columns: int) -> Any:
     """Uniform codes round their middle, with scales and biases that float16 has, as files do."""
     import cupy  # pyright: ignore[reportMissingImports]
 
@@ -81,3 +95,11 @@ def _codes(number: int, rows: int, columns: int, bits: int) -> Any:
     scale = np.float16((12 / columns) ** 0.5 / most)
     scales = cupy.full((rows, columns // CODE_GROUP), scale, np.float32)
     return AffineWeight(codes, scales, scales * np.float32(-middle), bits)
+
+
+DRAWS: dict[str, Callable[[int, int, int], Any]] = {
+    "bf16": _floats,
+    "int8": partial(_codes, 8),
+    "fp8": _small_floats,
+    "int4": partial(_codes, 4),
+}

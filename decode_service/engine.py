@@ -5,7 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from decode_service.batch import step_batch
+from decode_service.batch import StepBatches
 from decode_service.config import DecodeConfig
 from decode_service.metrics import DecodeMetrics
 from decode_service.slot import Event, Slot
@@ -67,6 +67,7 @@ class DecodeEngine(StepLoop):
         self._active: list[Slot] = []
         self._held: set[Slot] = set()
         """Granted slots whose blocks are not freed: also ended ones, while a step writes to them."""
+        self._batches = StepBatches()
         self._launched: deque[_Launched] = deque()
         """Steps under way, the oldest first; between two calls of `step` at most one."""
         self._untold: list[tuple[Slot, Event]] = []
@@ -232,7 +233,7 @@ class DecodeEngine(StepLoop):
         if not slots:
             return 0
         try:
-            flight = self.steps.launch(step_batch(slots), slots)
+            flight = self.steps.launch(self._batches(slots), slots)
         except KernelError as error:
             log.warning("a decode step failed: %s", error)
             for slot in slots:

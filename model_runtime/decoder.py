@@ -22,7 +22,7 @@ from kvrelay_kernels.interface import (
     StepBatch,
     WeightMode,
 )
-from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout, parse_format
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout, CodedWeight, parse_format
 from model_runtime.progress import Progress, silent
 from model_runtime.rope import rope_angles
 from model_runtime.steps import only_rows, sequence_steps
@@ -179,7 +179,7 @@ class Decoder:
                     x, q = x[kept], q[kept]
             o = backend.linear(backend.attention(q, batch, arena, index, layer.spec), layer.o, batch)
             x, h = backend.add_rms_norm(x, self._post(backend, o, layer.post_attn_norm), layer.ffn_norm, eps)
-            h = backend.gate(backend.linear(h, layer.gate_up, batch), config.activation)
+            h = backend.gated_linear(h, layer.gate_up, config.activation, batch)
             down = self._post(backend, backend.linear(h, layer.down, batch), layer.post_ffn_norm)
             x, h = backend.add_rms_norm(x, down, norms[index + 1], eps)
         if on_layer is not None:
@@ -223,7 +223,9 @@ class Decoder:
             qkv=self._linear([name(part) for part in "qkv"], bias),
             o=self._linear([name("o")]),
             ffn_norm=self._norm(name("ffn_norm")),
-            gate_up=self._linear([name("gate"), name("up")]),
+            gate_up=self.backend.load_gated(
+                self._checkpoint.read(name("gate")), self._checkpoint.read(name("up")), self._mode
+            ),
             down=self._linear([name("down")]),
             qk_norms=norms,
             post_attn_norm=self._norm(name("post_attn_norm")) if config.post_norms else None,
@@ -240,7 +242,7 @@ class Decoder:
 
     def _vector(self, name: str) -> NDArray[np.float32]:
         values: Any = self._checkpoint.read(name)
-        if isinstance(values, AffineWeight):
+        if isinstance(values, CodedWeight):
             raise ModelFileInvalid(f"tensor {name!r} is quantized, which a vector cannot be")
         return np.asarray(values, np.float32)
 

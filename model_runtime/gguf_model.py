@@ -9,7 +9,7 @@ import numpy as np
 
 from kvrelay.errors import ModelFileInvalid
 from kvrelay_kernels.interface import HostWeight
-from kvrelay_kernels.quant import AffineWeight
+from kvrelay_kernels.quant import CodedWeight
 from model_runtime.config import Family, ModelConfig, RopeScaling, element_of
 from model_runtime.gguf import GgufFile
 from model_runtime.gguf_vocabulary import build_tokenizer, control_tokens
@@ -210,7 +210,7 @@ def _unpermute(weight: HostWeight, heads: int) -> HostWeight:
     """Undo llama.cpp's order of q and k rows, which suits its rope of neighbouring pairs, not of halves."""
     rows = weight.shape[0]
     order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-    return weight.rows(order) if isinstance(weight, AffineWeight) else weight[order]
+    return weight.rows(order) if isinstance(weight, CodedWeight) else weight[order]
 
 
 def _tokenizer(file: GgufFile, config: ModelConfig) -> TokenizerSource:

@@ -22,7 +22,7 @@ ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "g
 GEMMA3_PATTERN = 6
 GEMMA3_LOCAL_BASE = 1e4
 GEMMA3_VOCABULARY = 262208
-UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "mlp_bias")
+UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "mlp_bias")
 """Settings that change the arithmetic in ways that the decoder does not know."""
 
 

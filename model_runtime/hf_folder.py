@@ -1,7 +1,10 @@
 """Folders as Hugging Face keeps models: config.json, (sharded) safetensors, tokenizer.json."""
 
 import json
+import os
+import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from kvrelay.errors import ModelFileInvalid
+from model_runtime import hf_fp8
 from model_runtime.config import ModelConfig
 from model_runtime.hf_config import parse_config
 from model_runtime.weights import (
@@ -61,7 +65,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     raw = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json", optional=True)
-    stored = _stored(weight_files(folder))
+    stored = _stored(weight_files(folder), hf_fp8.scale_block(raw, folder.name))
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in stored), None)
     if prefix is None:
         raise ModelFileInvalid(f"{folder.name}: tensor 'embed_tokens.weight' is missing")
@@ -111,25 +115,42 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def _stored(files: list[Path]) -> dict[str, StoredTensor]:
+def _stored(files: list[Path], block: hf_fp8.Block | None) -> dict[str, StoredTensor]:
     """Every tensor of the files under its own name; headers are checked by the library."""
     stored: dict[str, StoredTensor] = {}
+    coded: dict[str, Path] = {}
     for path in files:
         try:
             file = safe_open(path, framework="numpy")
             for name in file.keys():  # noqa: SIM118 (the library's object is no mapping)
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
-                stored[name] = StoredTensor(tuple(part.get_shape()), _reader(file, name, dtype, path))
+                read = _reader(file, name, dtype, path)
+                if dtype == hf_fp8.DTYPE:
+                    read, coded[name] = partial(_bytes_of, path, name), path
+                stored[name] = StoredTensor(tuple(part.get_shape()), read)
         except (SafetensorError, OSError) as error:
             raise ModelFileInvalid(f"{path.parent.name}/{path.name} is broken: {error}") from error
+    for name, path in coded.items():
+        stored[name] = hf_fp8.with_scales(name, stored[name], stored, block, path.name)
     return stored
+
+
+def _bytes_of(path: Path, name: str) -> NDArray[np.uint8]:
+    """A tensor of bytes: NumPy has no 8-bit floats for the library to give."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        tensor = json.loads(file.read(length))[name]
+        begin, end = tensor["data_offsets"]
+        file.seek(begin, os.SEEK_CUR)
+        return np.fromfile(file, np.uint8, end - begin).reshape(tensor["shape"])
 
 
 def _reader(file: Any, name: str, dtype: str, path: Path) -> Callable[[], NDArray[Any]]:
     def read() -> NDArray[Any]:
         if dtype not in FLOATS:
-            raise ModelFileInvalid(f"{path.name}: tensor {name!r} is {dtype}; supported: {', '.join(FLOATS)}")
+            supported = ", ".join((*FLOATS, hf_fp8.DTYPE))
+            raise ModelFileInvalid(f"{path.name}: tensor {name!r} is {dtype}; supported: {supported}")
         return file.get_tensor(name)
 
     return read

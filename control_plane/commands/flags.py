@@ -47,7 +47,7 @@ class Flag:
 
 SYSTEM = (
     Flag("model", str, "Known name, GGUF file, folder or Hugging Face repo id.", ("model.name",)),
-    Flag("weights", str, "auto, float, int8 or int4.", ("model.weights",)),
+    Flag("weights", str, "auto, float, int8, fp8 or int4.", ("model.weights",)),
     Flag("kv_format", str, f"Format of the KV cache: {', '.join(KNOWN)}.", ("model.kv_format",)),
     Flag("backend", str, "auto, cpu, mlx, cuda or reference.", ("model.backend",)),
     Flag("element", str, "float32, float16 or bfloat16; default on cuda: the model's.", ("model.element",)),

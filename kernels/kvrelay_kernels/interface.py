@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.plans import PlanCounts
-from kvrelay_kernels.quant import AffineWeight, BlockLayout
+from kvrelay_kernels.quant import BlockLayout, CodedWeight
 from kvrelay_kernels.quant.formats import Element
 
 Array = Any
@@ -20,10 +20,10 @@ Array = Any
 Linear = Any
 """A matrix that a backend has packed for its own reads."""
 
-HostWeight = NDArray[Any] | AffineWeight
-"""A weight as the loaders give it: float16/bfloat16/float32, or affine codes."""
+HostWeight = NDArray[Any] | CodedWeight
+"""A weight as the loaders give it: float16/bfloat16/float32, or codes."""
 
-WeightMode = Literal["auto", "float", "int8", "int4"]
+WeightMode = Literal["auto", "float", "int8", "int4", "fp8"]
 """`auto` keeps the codes of a quantized file as they are (the same values, fewer bytes)."""
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -243,6 +243,10 @@ class Backend(Protocol):
         """Pack the parts, rows below each other, as one matrix `[sum of rows, columns]`."""
         ...
 
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> Linear:
+        """Pack the two matrices of a gated layer, `[width, columns]` each, for `gated_linear`."""
+        ...
+
     def load_array(self, values: NDArray[Any]) -> Array:
         """A small array (norm weight, rope table) on the device, in the type the backend computes in."""
         ...
@@ -271,8 +275,13 @@ class Backend(Protocol):
         """
         ...
 
-    def gate(self, gate_up: Array, activation: Activation) -> Array:
-        """`activation(left half) * right half`: `[rows, width / 2]`."""
+    def gated_linear(
+        self, x: Array, weight: Linear, activation: Activation, batch: StepBatch | None = None
+    ) -> Array:
+        """`activation(x @ gate.T) * (x @ up.T)`: `[rows, width]`; `weight` and `batch` as for `linear`.
+
+        The products may be rounded to the backend's type before the activation, or go into it in float32.
+        """
         ...
 
     def rope_append(

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
 from kvrelay_kernels.interface import WeightMode
+from kvrelay_kernels.quant import ScaledWeight
+from kvrelay_kernels.quant.levels import E4M3_MAX, encode_e4m3
 from kvrelay_kernels.quant.weights import quantize_weight
 from tests.gpu.poisoned import PoisonedCudaBackend, to_host
 
@@ -17,8 +19,19 @@ def load(backend: PoisonedCudaBackend, name: str, n: int, k: int) -> Any:
     mode: WeightMode = "auto"
     if name == "int8-g16":
         return backend.load_linear([quantize_weight(values, 6, 16)], mode).weight
-    modes: dict[str, WeightMode] = {"int4": "int4", "int8": "int8", "16": "float"}
+    if name == "fp8-blocks":
+        return backend.load_linear([in_blocks(values)], mode).weight
+    modes: dict[str, WeightMode] = {"int4": "int4", "int8": "int8", "fp8": "fp8", "16": "float"}
     return backend.load_linear([values], modes[name]).weight
+
+
+def in_blocks(values: NDArray[np.float32]) -> ScaledWeight:
+    """8-bit floats under a scale of every 128 x 128 values; the last blocks may be smaller."""
+    n, k = values.shape
+    tops = np.pad(np.abs(values), ((0, -n % 128), (0, -k % 128))).reshape(-(-n // 128), 128, -1, 128)
+    scales = (tops.max((1, 3)) / np.float32(E4M3_MAX)).repeat(128, 0)[:n]
+    spread = ScaledWeight(np.zeros((n, k), np.uint8), scales, 128).regroup(1).scales
+    return ScaledWeight(encode_e4m3(values / spread), scales, 128)
 
 
 def values_of(backend: PoisonedCudaBackend, weight: Any, element: str) -> NDArray[np.float64]:
@@ -29,5 +42,5 @@ def values_of(backend: PoisonedCudaBackend, weight: Any, element: str) -> NDArra
     import cupy  # pyright: ignore[reportMissingImports]
 
     out = cupy.empty((n, k), np.float32)
-    backend._rows.embed(weight, cupy.arange(n, dtype=np.int32), 1.0, out)  # pyright: ignore[reportPrivateUsage]
+    backend._rows.embed(weight, cupy.asarray(np.arange(n, dtype=np.int32)), 1.0, out)  # pyright: ignore[reportPrivateUsage]
     return out.get().astype(np.float64)

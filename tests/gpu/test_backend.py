@@ -139,7 +139,10 @@ def test_whole_steps_are_the_references(cupy: Any, folder: Path, element: Elemen
 @pytest.mark.parametrize("element", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("kv_format", "mode"),
-    [*((fmt, "float") for fmt in ("none", "int8", "int4", "nvfp4", "turbo3")), ("int8", "int4")],
+    [
+        *((fmt, "float") for fmt in ("none", "int8", "int4", "nvfp4", "turbo3")),
+        *(("int8", mode) for mode in ("int4", "fp8")),
+    ],
 )
 def test_no_cut_and_no_neighbour_changes_a_bit(
     cupy: Any, folder: Path, element: Element16, kv_format: str, mode: WeightMode
@@ -190,7 +193,9 @@ def test_recorded_steps_are_the_same_bits(cupy: Any, folder: Path, kv_format: st
         decoder.forward(sequence_steps([1, 1, 1], [200, 200, 200], [1, VOCABULARY, 1])[0], arena)
 
 
-@pytest.mark.parametrize(("kv_format", "mode"), [("none", "float"), ("int8", "int4"), ("turbo3", "float")])
+@pytest.mark.parametrize(
+    ("kv_format", "mode"), [("none", "float"), ("int8", "int4"), ("int8", "fp8"), ("turbo3", "float")]
+)
 def test_kernels_that_overlap_give_the_same_bits(
     cupy: Any, folder: Path, kv_format: str, mode: WeightMode
 ) -> None:

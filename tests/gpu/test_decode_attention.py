@@ -178,6 +178,25 @@ def test_same_input_same_bits(cupy: Any, kernels: KernelCache, fmt: str) -> None
     assert all(np.array_equal(run(cupy, kernels, problem, cache, q), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("heads", [(32, 8), (4, 1)])
+def test_launches_in_a_row(cupy: Any, kernels: KernelCache, heads: tuple[int, int]) -> None:
+    """They overlap, and hand over partial sums through memory that is the same for all."""
+    problem = make("int8-g64", 128, "bfloat16", heads=heads)
+    rng = np.random.default_rng(10)
+    cache = random_cache(rng, problem.layout, [9000, 1, 700])
+    q = rng.standard_normal((3, heads[0], 128)).astype(DTYPES["bfloat16"])
+    operation = DecodeAttention(problem, 3, kernels)
+    operation.attach(cupy.asarray(cache.arena[None]))
+    outs = cupy.full((300, *q.shape), 0xFFFF, np.uint16)
+    arrays = cupy.asarray(q.view(np.uint16)), cupy.asarray(cache.tables)
+    operation.plan(cupy.asarray(cache.lengths))
+    for out in outs:
+        operation(arrays[0], 0, arrays[1], out)
+    assert (outs == outs[0]).all()
+    got = outs[0].get().view(q.dtype).astype(np.float32)
+    assert relative_error(got, exact_attention(q, cache, problem.spec, 1)) < BOUND
+
+
 def test_refuses_what_it_cannot_run() -> None:
     with pytest.raises(FormatUnsupported, match="head dimensions"):
         make("int8-g32", 160, "bfloat16", heads=(4, 2))

@@ -15,6 +15,8 @@ from model_runtime.sampler import Sampled, SamplingConfig, sample
 from model_runtime.token_steps import DeviceTokenSteps, HostTokenSteps, draw_of
 from tests.gpu.poisoned import poisoned
 from tests.kernels.draw_streams import SETTINGS, Answer, answers, random_logits, random_stream, read, step
+from tests.kernels.told_steps import ROWS as ROWS_TOLD
+from tests.kernels.told_steps import WIDTH, check_told, tell_steps
 from tests.model_runtime.families import CONFIGS, random_tensors, write_folder
 
 ROWS, PLACES, BLOCKS = 32, 40, 4
@@ -42,9 +44,10 @@ def test_tokens_are_those_of_the_sampler(cupy: Any, kernels: KernelCache, vocabu
         for _ in range(2):
             # Whatever the order of its atomics, the same numbers give the same token.
             draws.seen[:], draws.newest[:] = seen, newest
-            tokens = cupy.full(ROWS, -99, np.int32)
-            draws.draw(cupy.asarray(logits), cupy.asarray(places), cupy.asarray(lengths), tokens)
-            found.append(tokens.get().tolist())
+            tokens = cupy.full(3 + ROWS, -99, np.int32)
+            there = cupy.asarray(logits), cupy.asarray(places), cupy.asarray(lengths)
+            draws.draw(*there, tokens, cupy.asarray(np.array([3], np.int32)))
+            found.append(tokens.get().tolist()[3:])
         assert found[0] == found[1]
         for row, place in enumerate(places.tolist()):
             if place == NOWHERE:
@@ -121,6 +124,14 @@ def test_log_probabilities_come_from_the_host(decoder: Decoder) -> None:
             read(flight, streams)
         drawn.append([stream.answer_ids for stream in streams])
     assert drawn[0] == drawn[1]
+
+
+def test_steps_are_told_anew_whatever_was_told_before(decoder: Decoder, cupy: Any) -> None:
+    backend: Any = decoder.backend
+    backend.stream.use()
+    there = backend.new_step_rows(ROWS_TOLD, WIDTH)
+    for wanted in tell_steps(there):
+        check_told(there, wanted, cupy.asnumpy)
 
 
 def test_settings_are_as_long_as_an_upload() -> None:

@@ -10,14 +10,14 @@ from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.few_rows import FewRows
 from kvrelay_kernels.cuda.module import KernelCache
 from kvrelay_kernels.interface import WeightMode
-from kvrelay_kernels.quant.weights import as_codes
+from kvrelay_kernels.quant.weights import as_codes, quantize_scaled
 from model_runtime.steps import sequence_steps
 from tests.gpu.coded_weights import load, values_of
 from tests.gpu.paged_cache import DTYPES
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, product_of, to_device, to_host
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
-WEIGHTS = ["int4", "int8", "int8-g16", "16"]
+WEIGHTS = ["int4", "int8", "int8-g16", "fp8", "fp8-blocks", "16"]
 CODED: list[tuple[WeightMode, int]] = [("int4", 4), ("int8", 8)]
 
 
@@ -73,8 +73,28 @@ def test_rounding_on_the_device_is_that_of_the_host(backend: PoisonedCudaBackend
             assert (np.abs(values_of(backend, weight, element) - values) <= 2.0**-11 * sizes + least).all()
 
 
+def test_small_floats_are_rounded_on_the_device_as_on_the_host(
+    backend: PoisonedCudaBackend, element: Element16
+) -> None:
+    """In rows of every size, one of them zeros."""
+    values = np.random.default_rng(2).standard_normal((48, 192)).astype(np.float32)
+    values *= np.exp2(np.arange(48, dtype=np.float32) / 4 - 6)[:, None]  # float16 has no more
+    values[7] = 0
+    for kind in (np.float32, DTYPES["float16"], DTYPES["bfloat16"]):
+        part = values.astype(kind)
+        weight = backend.load_linear([part], "fp8").weight
+        wanted = quantize_scaled(part.astype(np.float32))
+        same = backend.load_linear([wanted], "auto").weight
+        assert np.array_equal(weight.codes.get(), same.codes.get())
+        assert np.array_equal(weight.factors.get(), same.factors.get())
+        assert weight.unit == same.unit
+        assert np.array_equal(values_of(backend, weight, element), wanted.dequantize())
+        plain = to_host(backend.load_linear([wanted], "float").weight, element)
+        assert np.array_equal(plain, wanted.dequantize().astype(DTYPES[element]))
+
+
 @pytest.mark.parametrize("rows", [1, 64, 65, 129, 300])
-@pytest.mark.parametrize("mode", ["int4", "int8"])
+@pytest.mark.parametrize("mode", ["int4", "int8", "fp8"])
 def test_products_of_codes_with_any_number_of_rows(
     cupy: Any, backend: PoisonedCudaBackend, element: Element16, mode: WeightMode, rows: int
 ) -> None:

@@ -15,9 +15,10 @@ from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE
 from tests.gpu.coded_weights import load, values_of
 from tests.gpu.paged_cache import DTYPES
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, product_of, to_device, to_host
+from tests.kernels.coded_cases import E4M3_UNITS
 
 SHAPES = [(6144, 4096), (4096, 14336), (9728, 2560), (576, 1536)]
-WEIGHTS = ["int4", "int8", "int8-g16"]
+WEIGHTS = ["int4", "int8", "int8-g16", "fp8", "fp8-blocks"]
 
 
 @pytest.fixture
@@ -29,8 +30,10 @@ def streams(cupy: Any, element: Element16, kernels: KernelCache) -> StreamCodes:
 
 
 def halves(values: NDArray[np.float64], weight: CodedMatrix) -> NDArray[np.float64]:
-    """Rounded as the kernels do it."""
-    one = weight.unit * BIAS_UNIT
+    """Rounded as the kernels do it, unless scales are left to the sums."""
+    if weight.form.row_scaled:
+        return values
+    one = weight.unit * (E4M3_UNITS if weight.floats else BIAS_UNIT)
     return (values / one).astype(np.float16).astype(np.float64) * one
 
 
@@ -47,7 +50,7 @@ def test_real_shapes(
     """Against float64, for every number of columns; a row's bits are the same in each, and each time."""
     weight = load(backend, name, *shape)
     # Scales that float16 does not have are rounded to it; with others, only sums are not exact.
-    bound = 2.0**-14 if weight.factors.dtype == np.float16 else 2.0**-10
+    bound = 2.0**-14 if weight.factors.dtype == np.float16 or weight.form.row_scaled else 2.0**-10
     values = halves(values_of(backend, weight, element), weight)
     x = np.random.default_rng(1).standard_normal((70, shape[1])).astype(DTYPES[element])
     bias = to_device(np.random.default_rng(2).standard_normal(shape[0]), element)
@@ -82,15 +85,16 @@ def test_rows_of_every_size(
     assert not np.isfinite(found[8]).any()
 
 
+@pytest.mark.parametrize("rows", [8, 24])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_inside_a_graph(
-    cupy: Any, backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16, name: str
+    cupy: Any, backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16, name: str, rows: int
 ) -> None:
     """Three products behind each other, which may overlap: each reads what the one before wrote."""
     weight = load(backend, name, 2560, 2560)
     rng = np.random.default_rng(3)
-    x = to_device(rng.standard_normal((8, 2560)), element)
-    outs = [cupy.zeros((8, 2560), np.uint16) for _ in range(3)]
+    x = to_device(rng.standard_normal((rows, 2560)), element)
+    outs = [cupy.zeros((rows, 2560), np.uint16) for _ in range(3)]
 
     def chain() -> None:
         for given, out in zip([x, *outs[:2]], outs, strict=True):
@@ -104,7 +108,7 @@ def test_inside_a_graph(
         chain()
         graph = stream.end_capture()
         for _ in range(20):
-            x[...] = to_device(rng.standard_normal((8, 2560)), element)
+            x[...] = to_device(rng.standard_normal((rows, 2560)), element)
             for out in outs:
                 out.data.memset_async(0xFF, out.nbytes, stream)
             graph.launch(stream)

@@ -89,12 +89,13 @@ def matrix_map(matrix: NDArray[np.uint16], box_rows: int) -> np.void:
     return np.void(words.tobytes())
 
 
-def planes_map(array: NDArray[Any], box: tuple[int, int]) -> np.void:
+def planes_map(array: NDArray[Any], box: tuple[int, int], parts: int = 1) -> np.void:
     """In place of that of `tensor_map`, with the same arguments."""
     assert array.flags.c_contiguous
     planes, rows = array.shape[:2]
     words = np.zeros(16, np.uint64)
-    words[:6] = array.ctypes.data, planes, rows, array.nbytes // (planes * rows), *box
+    width = array.nbytes // (planes * rows)
+    words[:7] = array.ctypes.data, planes, rows, width, *box, width // parts
     return np.void(words.tobytes())
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.batch import DeviceBatch, Uploads
 from kvrelay_kernels.cuda.drawn_steps import CudaDrawing
+from kvrelay_kernels.cuda.step_rows import StepRows
 from kvrelay_kernels.interface import (
     Activation,
     AttentionSpec,
@@ -205,18 +206,28 @@ class QueuedBackend:
     def load_linear(self, parts: Sequence[HostWeight], mode: WeightMode, bias: Any = None) -> "QueuedMatrix":
         return QueuedMatrix(REFERENCE.load_linear(parts, mode, bias))
 
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> "QueuedMatrix":
+        return QueuedMatrix(REFERENCE.load_gated(gate, up, mode))
+
     def load_array(self, values: NDArray[Any]) -> NDArray[Any]:
         return REFERENCE.load_array(values)
 
     def new_arena(self, layout: BlockLayout, layers: int, blocks: int) -> QueuedArena:
         return QueuedArena(layout, layers, blocks)
 
+    def new_step_rows(self, rows: int, width: int) -> StepRows:
+        return StepRows(rows, width, "sm_90a", self._kernels, self.uploads)
+
     def new_drawing(self, vocabulary: int, places: int) -> CudaDrawing:
         backend: Any = self
         return CudaDrawing(backend, self._kernels, vocabulary, places)
 
-    def embed_there(self, table: "QueuedMatrix", ids: Any, scale: float) -> Any:
-        return self._queued((len(ids), table.k), lambda: REFERENCE.embed(table.matrix, ids, scale))
+    def embed_there(self, table: "QueuedMatrix", ids: Any, scale: float, newest: Any = None) -> Any:
+        def rows() -> Any:
+            known = ids if newest is None else np.where(ids < 0, newest[~np.minimum(ids, -1)], ids)
+            return REFERENCE.embed(table.matrix, known, scale)
+
+        return self._queued((len(ids), table.k), rows)
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
         return self._queued(x.shape, lambda: REFERENCE.rms_norm(x, weight, eps))
@@ -228,9 +239,11 @@ class QueuedBackend:
     def linear(self, x: Any, weight: "QueuedMatrix", batch: StepBatch | None = None) -> Any:
         return self._queued((len(x), weight.n), lambda: REFERENCE.linear(x, weight.matrix))
 
-    def gate(self, gate_up: Any, activation: Activation) -> Any:
-        shape = len(gate_up), gate_up.shape[1] // 2
-        return self._queued(shape, lambda: REFERENCE.gate(gate_up, activation))
+    def gated_linear(
+        self, x: Any, weight: "QueuedMatrix", activation: Activation, batch: StepBatch | None = None
+    ) -> Any:
+        shape = len(x), weight.n // 2
+        return self._queued(shape, lambda: REFERENCE.gated_linear(x, weight.matrix, activation))
 
     def append_there(
         self, qkv: Any, batch: DeviceBatch, arena: QueuedArena, layer: int, spec: AttentionSpec,

@@ -59,7 +59,7 @@ def test_operations_round_their_results_in_passing() -> None:
     small = backend.load_linear([quantize_weight(square, 8, 32)], "auto")
 
     def step(backend: CpuBackend) -> np.ndarray:
-        h = backend.gate(backend.linear(backend.rms_norm(x, weight, 1e-5), matrix), "silu")
+        h = backend.gated_linear(backend.rms_norm(x, weight, 1e-5), matrix, "silu")
         return backend.linear(backend.add_rms_norm(x, backend.linear(h, small), weight, 1e-5)[1], small)
 
     logits = step(recording)

@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 from kvrelay_kernels.cpu.backend import CpuBackend
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
-from kvrelay_kernels.quant.weights import AffineWeight, quantize_weight
+from kvrelay_kernels.quant.weights import AffineWeight, quantize_scaled, quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
 from tests.kernels.cpu_cases import relative
+from tests.kernels.test_fp8_weights import random_weight
 
 STEPS = 32767
 """Of a row's activations, 32 columns at a time, in products with codes: from 0 to the largest magnitude."""
-MODES: list[WeightMode] = ["auto", "float", "int8", "int4"]
+MODES: list[WeightMode] = ["auto", "float", "int8", "int4", "fp8"]
+KINDS = ["float16", "float32", "int4", "int8", "int5", "fp8"]
 FIXTURES = [HealthCheck.function_scoped_fixture]
 
 
@@ -22,6 +24,8 @@ def random_part(rng: np.random.Generator, rows: int, columns: int, kind: str) ->
         return values.astype(np.float16)
     if kind == "float32":
         return values
+    if kind == "fp8":
+        return quantize_scaled(values)
     weight = quantize_weight(values, int(kind[3:]), 32)
     if rng.random() < 0.5:
         return weight
@@ -40,7 +44,7 @@ def rounding(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 @settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES)
 @given(
     seed=st.integers(0, 2**32),
-    kinds=st.lists(st.sampled_from(["float16", "float32", "int4", "int8", "int5"]), min_size=1, max_size=3),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
     columns=st.sampled_from([64, 96, 160, 320]),
     rows=st.one_of(st.integers(1, 40), st.just(130)),
     mode=st.sampled_from(MODES),
@@ -56,7 +60,8 @@ def test_linear(
     x = rng.standard_normal((rows, columns), np.float32)
     matrix, weight = reference.load_linear(parts, mode, bias), cpu.load_linear(parts, mode, bias)
     wanted = reference.linear(x.astype(float), matrix)
-    allowed = 3e-6 * np.abs(wanted).max() + (0 if weight.bits == 32 else 1.02 * rounding(x, matrix[0]))
+    exact = weight.bits == 32 or weight.floats
+    allowed = 3e-6 * np.abs(wanted).max() + (0 if exact else 1.02 * rounding(x, matrix[0]))
     assert (np.abs(cpu.linear(x, weight) - wanted) <= allowed).all()
 
 
@@ -79,11 +84,34 @@ def test_groups_of_any_size(
         assert (np.abs(cpu.linear(x, weight) - wanted) <= allowed).all()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 64), (4, 16), (8, 16), (32, 320)])
-def test_a_row_has_the_same_bits_in_every_batch(cpu: CpuBackend, bits: int, group: int) -> None:
+@pytest.mark.parametrize(
+    ("columns", "group"), [(96, 96), (200, 128), (320, 320), (384, 384), (48, 16), (90, 45)]
+)
+def test_small_floats_in_groups_of_any_size(
+    cpu: CpuBackend, reference: ReferenceBackend, columns: int, group: int
+) -> None:
+    """Every number there is, under scales far apart; rows of the table itself, too."""
+    part = random_weight(75, columns, group)
+    matrix, weight = reference.load_linear([part], "auto"), cpu.load_linear([part], "auto")
+    assert weight.floats
+    for rows in (1, 2, 11, 100):
+        x = np.random.default_rng(rows).standard_normal((rows, columns), np.float32)
+        wanted = reference.linear(x.astype(float), matrix)
+        sizes = np.abs(x.astype(float)) @ np.abs(matrix[0].T)
+        assert (np.abs(cpu.linear(x, weight) - wanted) <= 1e-6 * sizes).all()
+    ids = np.array([74, 0, 33, 32], np.int32)
+    assert (cpu.embed(weight, ids, 1.0) == part.dequantize()[ids]).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 64), (4, 16), (8, 16), (32, 320), (8, None)])
+def test_a_row_has_the_same_bits_in_every_batch(cpu: CpuBackend, bits: int, group: int | None) -> None:
+    """Also by 8-bit floats, which have no group."""
     rng = np.random.default_rng(bits)
     values = rng.standard_normal((160, 320), np.float32)
-    weight = cpu.load_linear([values if bits == 32 else quantize_weight(values, bits, group)], "auto")
+    if group is None:
+        weight = cpu.load_linear([values], "fp8")
+    else:
+        weight = cpu.load_linear([values if bits == 32 else quantize_weight(values, bits, group)], "auto")
     x = rng.standard_normal((70, 320), np.float32)
     alone = np.concatenate([cpu.linear(x[row : row + 1], weight) for row in range(len(x))])
     for rows in (*range(2, 34), 47, 64, 65, 70):
@@ -123,9 +151,9 @@ def test_extremes_are_multiplied_by_codes(cpu: CpuBackend, reference: ReferenceB
 @pytest.mark.parametrize("rows", [1, 9, 100])
 def test_what_is_not_finite_stays_so(cpu: CpuBackend, rows: int, bad: float) -> None:
     rng = np.random.default_rng(rows)
-    for bits in (4, 8):
-        values = rng.standard_normal((64, 96), np.float32)
-        weight = cpu.load_linear([quantize_weight(values, bits, 32)], "auto")
+    modes: list[WeightMode] = ["int4", "int8", "fp8"]
+    for mode in modes:
+        weight = cpu.load_linear([rng.standard_normal((64, 96), np.float32)], mode)
         x = rng.standard_normal((rows, 96), np.float32)
         good = cpu.linear(x, weight)
         row = int(rng.integers(rows))

@@ -36,6 +36,14 @@ def test_gate(
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
+def test_gated_linear(cpu: CpuBackend, reference: ReferenceBackend, activation: Activation) -> None:
+    x, gate, up = floats(5, 96), floats(70, 96, seed=1), floats(70, 96, seed=2)
+    found = cpu.gated_linear(x, cpu.load_gated(gate, up, "auto"), activation)
+    wanted = reference.gated_linear(x.astype(float), reference.load_gated(gate, up, "auto"), activation)
+    assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
 def test_gate_keeps_nan(cpu: CpuBackend, activation: Activation) -> None:
     x = floats(1, 128)
     x[0, 5] = np.nan

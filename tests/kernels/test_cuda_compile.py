@@ -6,19 +6,24 @@ import pytest
 
 from kvrelay_kernels.cuda.block_sparse import SparseProblem
 from kvrelay_kernels.cuda.block_sparse_mma import SHAPES
-from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, Form
+from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, TILE_ROWS, Form
 from kvrelay_kernels.cuda.decode_attention import DecodeProblem, Element16, launch_shape
 from kvrelay_kernels.cuda.decode_single_pass import single_pass_key, single_pass_shape
-from kvrelay_kernels.cuda.draw import DrawShape, newest_ids_key
+from kvrelay_kernels.cuda.draw import DrawShape
 from kvrelay_kernels.cuda.expand import Expansion
 from kvrelay_kernels.cuda.expand_matrix import expand_matrix_key
 from kvrelay_kernels.cuda.few_rows import few_rows_shape
+from kvrelay_kernels.cuda.halve_rows import halve_key
 from kvrelay_kernels.cuda.module import SOURCES, KernelCache, KernelKey
 from kvrelay_kernels.cuda.nvrtc import CompileFailed, compile_cubin, library
 from kvrelay_kernels.cuda.rope import MANY_PASSES, AppendShape
 from kvrelay_kernels.cuda.rows import NormShape, embed_key, gate_key, move_key, rotate_key
+from kvrelay_kernels.cuda.step_rows import step_rows_key
 from kvrelay_kernels.cuda.stream_codes import COLUMNS as CODE_COLUMNS
 from kvrelay_kernels.cuda.stream_codes import Cut, stream_shape
+from kvrelay_kernels.cuda.stream_integers import ROWS as INTEGER_ROWS
+from kvrelay_kernels.cuda.stream_integers import best_cut
+from kvrelay_kernels.cuda.stream_integers import stream_shape as integers_shape
 from kvrelay_kernels.cuda.stream_rows import COLUMNS as STREAM_COLUMNS
 from kvrelay_kernels.cuda.stream_rows import stream_shape as rows_shape
 from kvrelay_kernels.cuda.weights import convert_key
@@ -27,6 +32,7 @@ from kvrelay_kernels.interface import Activation, AttentionSpec
 from kvrelay_kernels.quant import BlockLayout, parse_format
 from kvrelay_kernels.quant.formats import SCHEMES
 
+FLOATS, ROW_FLOATS = Form(8, floats=True), Form(8, 0, floats=True)
 ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
 PROBLEMS = {
@@ -128,17 +134,40 @@ def test_stream_rows_compiles(element: Element16, arch: str) -> None:
             for n in (4096, 28672):
                 key = rows_shape(n, columns, 132).key(element, float_out, arch)
                 assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+        activation: Activation = "silu" if element == "float16" else "gelu_tanh"
+        key = rows_shape(28672, columns, 132, TILE_ROWS).key(element, False, arch, activation)
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
 @pytest.mark.parametrize("columns", CODE_COLUMNS)
 @pytest.mark.parametrize(
-    "form", [Form(4, 32), Form(4, 64), Form(4, 16), Form(8, 32), Form(8, 16, wide=True)], ids=str
+    "form",
+    [Form(4, 32), Form(4, 64), Form(4, 16), Form(8, 32), Form(8, 16, wide=True), FLOATS, ROW_FLOATS],
+    ids=str,
 )
 def test_stream_codes_compiles(form: Form, columns: int) -> None:
     element: Element16 = "float16" if form.group == 64 else "bfloat16"
     for cut in (Cut(14, 1), Cut(4, 2)):
-        key = stream_shape(form, cut, columns, 64).key(form, cut, element, form.bits == 8)
-        assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+        shape = stream_shape(form, cut, columns, 64)
+        plain = shape.key(form, cut, element, form.bits == 8)
+        gated = shape.key(form, cut, element, False, activation="silu")
+        for key in (plain, gated, halve_key(form, element)):
+            assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
+
+
+@pytest.mark.parametrize(
+    "form", [Form(4, 32), Form(4, 64), Form(4, 16), Form(8, 32), Form(8, 16, wide=True)], ids=str
+)
+def test_stream_integers_compiles(form: Form) -> None:
+    element: Element16 = "float16" if form.group == 64 else "bfloat16"
+    activation: Activation | None = "silu" if form.bits == 4 else None
+    for n in (4096, 6144, 28672):
+        cut = best_cut(n, 132)
+        for rows in INTEGER_ROWS:
+            shape = integers_shape(form, cut, rows, 4096, 1)
+            assert shape is not None
+            key = shape.key(form, cut, element, form.bits == 8, activation=activation)
+            assert KernelCache().cubin(key)[:4] == b"\x7fELF", key
 
 
 def row_keys(element: Element16, arch: str) -> list[KernelKey]:
@@ -149,7 +178,7 @@ def row_keys(element: Element16, arch: str) -> list[KernelKey]:
                ("turbo4", 128, 128, True), ("turbo3", 96, 96, False)]  # fmt: skip
     passes = 1 if element == "float16" else MANY_PASSES
     return [
-        *[embed_key(form, element, arch) for form in (ELEMENTS, Form(4, 32), Form(8, 16, wide=True))],
+        *[embed_key(form, element, arch) for form in (ELEMENTS, Form(4, 32), Form(8, 16, wide=True), FLOATS)],
         *[gate_key(activation, element, arch) for activation in ACTIVATIONS],
         *[move_key(scatter, arch) for scatter in (False, True)],
         *[rotate_key(run, element, arch) for run in (32, 64, 128, 256)],
@@ -182,12 +211,15 @@ def test_row_kernels_compile(element: Element16, arch: str) -> None:
         (Form(4, 64, wide=True), "float16"),
         (Form(8, 64), "float16"),
         (Form(8, 16, wide=True), "bfloat16"),
+        (FLOATS, "bfloat16"),
+        (ROW_FLOATS, "float16"),
         (ELEMENTS, "bfloat16"),
     ],
 )
 def test_kernels_of_weights_compile(form: Form, element: Element16, arch: str) -> None:
     keys = [few_rows_shape(form, 1).key(form, False, element, False, arch)]
     keys += [few_rows_shape(form, 4).key(form, True, element, True, arch)]
+    keys += [few_rows_shape(form, 1).key(form, False, element, False, arch, "gelu_tanh")]
     if form != ELEMENTS:
         keys += [expand_matrix_key(form, element, arch)]
     for key in keys:
@@ -195,9 +227,9 @@ def test_kernels_of_weights_compile(form: Form, element: Element16, arch: str) -
 
 
 def draw_keys(arch: str) -> list[KernelKey]:
-    """The kernels that draw tokens."""
+    """The kernels at both ends of a step that draws tokens."""
     sources = ("draw_peak", "draw_tally", "draw")
-    return [newest_ids_key(arch), *[DrawShape().key(source, arch) for source in sources]]
+    return [step_rows_key(arch), *[DrawShape().key(source, arch) for source in sources]]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -216,7 +248,9 @@ def test_every_source_is_tested() -> None:
         "expand_blocks",
         "expand_matrix",
         "few_rows",
+        "halve_rows",
         "stream_codes",
+        "stream_integers",
         "stream_rows",
         *(key.source for key in draw_keys("sm_80")),
         *(key.source for key in row_keys("float16", "sm_80")),

@@ -47,8 +47,10 @@ class Pool:
             [len(self.sequences[p].prompt) + len(self.sequences[p].answer) if p >= 0 else 1 for p in places],
             np.int32,
         )
-        tokens = np.full(len(places), -99, np.int32)
-        self.draws.draw(logits.copy(), there, lengths, tokens)
+        tokens, answer = np.full(len(places) + 5, -99, np.int32), np.array([5], np.int32)
+        self.draws.draw(logits.copy(), there, lengths, tokens, answer)
+        assert (tokens[:5] == -99).all()
+        tokens = tokens[5:]
         wanted = [
             sample(row, one.config, len(one.prompt) + len(one.answer), one.prompt, one.answer).token_id
             if one is not None
@@ -86,7 +88,8 @@ def draw_and_compare(kernels: Any, shape: DrawShape, vocabulary: int, seed: int,
 
 
 @pytest.mark.parametrize(
-    ("shape", "vocabulary"), [(NARROW, 1000), (USUAL, 1003), (USUAL, 20000), (USUAL, 50000)]
+    ("shape", "vocabulary"),
+    [(NARROW, 1000), (USUAL, 1003), (USUAL, 2047), (USUAL, 2048), (USUAL, 20000), (USUAL, 50000)],
 )
 def test_tokens_are_those_of_the_sampler(kernels: Any, shape: DrawShape, vocabulary: int) -> None:
     for seed in range(4):
@@ -98,6 +101,17 @@ def test_greedy_takes_the_lowest_of_equals(kernels: Any) -> None:
     logits = np.full((1, 20000), -1, np.float32)
     logits[0, [19999, 12345, 8191, 8192]] = 3
     assert pool.step(logits, [0])[0] == [8191]
+
+
+def test_a_long_tail_weighs_what_its_tokens_do(kernels: Any) -> None:
+    """Each of them little more than half of a sum's lower half: most additions carry."""
+    sequences = [Stream(SamplingConfig(temperature=1.0, seed=seed), [1], []) for seed in range(16)]
+    pool = Pool(kernels, USUAL, 20000, sequences)
+    logits = np.random.default_rng(6).uniform(-9.5, -8.5, (16, 20000)).astype(np.float32)
+    logits[:, 7] = 0
+    found, wanted = pool.step(logits, range(16))
+    assert found == wanted
+    assert len({*found}) > 8
 
 
 def test_frequencies_follow_the_distribution(kernels: Any) -> None:
@@ -122,7 +136,8 @@ def test_what_is_not_finite_is_told_of_its_row_alone(kernels: Any, value: float)
     sound = logits.copy()
     logits[2, 17], logits[3, 19990] = value, value
     tokens = np.full(4, -99, np.int32)
-    pool.draws.draw(logits, np.arange(4, dtype=np.int32), np.full(4, 2, np.int32), tokens)
+    lengths, zero = np.full(4, 2, np.int32), np.zeros(1, np.int32)
+    pool.draws.draw(logits, np.arange(4, dtype=np.int32), lengths, tokens, zero)
     assert tokens[:2].tolist() == pool.step(sound, [0, 1, 2, 3])[1][:2]
     assert tokens[2:].tolist() == [NOT_FINITE, NOT_FINITE]
 
@@ -131,15 +146,6 @@ def test_nothing_but_masked_tokens_is_no_reason_to_fail(kernels: Any) -> None:
     config = SamplingConfig(temperature=1.0, stop_ids=tuple(range(8)), min_tokens=5)
     pool = Pool(kernels, NARROW, 8, [Stream(config, [1], [])])
     tokens = np.full(1, -99, np.int32)
-    pool.draws.draw(np.ones((1, 8), np.float32), np.zeros(1, np.int32), np.ones(1, np.int32), tokens)
+    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    pool.draws.draw(np.ones((1, 8), np.float32), zero, one, tokens, zero)
     assert tokens.tolist() == [0]
-
-
-def test_ids_come_from_the_host_or_from_a_place(kernels: Any) -> None:
-    draws = TokenDraws(1000, 5, 40, "sm_90a", kernels, np, NARROW)
-    draws.newest[:] = [10, 11, 12, 13, 14]
-    given, ids = np.arange(40, dtype=np.int32), np.full(40, -99, np.int32)
-    given[[3, 39, 0]] = [~0, ~4, ~2]
-    draws.newest_ids(given, ids)
-    assert ids[[3, 39, 0]].tolist() == [10, 14, 12]
-    assert np.array_equal(np.delete(ids, [0, 3, 39]), np.delete(given, [0, 3, 39]))

@@ -13,10 +13,9 @@ import pytest
 
 from kvrelay_kernels.cuda.batch import DeviceBatch, slots_of
 from kvrelay_kernels.cuda.drawn_steps import filled_rows
-from kvrelay_kernels.cuda.recording import step_arrays
 from kvrelay_kernels.cuda.rope import RopeAppend
 from kvrelay_kernels.errors import NonFiniteActivations
-from kvrelay_kernels.interface import Arena, RopeTable
+from kvrelay_kernels.interface import FROM_DEVICE, NOWHERE, Arena, RopeTable
 from kvrelay_kernels.registry import load_backend
 from model_runtime.checkpoint import load_model
 from model_runtime.decoder import Decoder
@@ -27,7 +26,8 @@ from tests.gpu.append_case import make_case
 from tests.kernels.draw_streams import SETTINGS, Answer, answers, read, step
 from tests.kernels.elements import elements
 from tests.kernels.host_kernels import COMPILER, HostKernels
-from tests.kernels.queued_device import CUPY, CUPYX, QueuedBackend
+from tests.kernels.queued_device import CUPY, CUPYX, STREAM, QueuedBackend
+from tests.kernels.told_steps import ROWS, WIDTH, check_told, tell_steps
 from tests.model_runtime.families import CONFIGS, VOCABULARY, random_tensors, write_folder
 from tests.tiny_model import POISON, write_tiny_model
 
@@ -189,17 +189,27 @@ def test_few_numbers_of_rows_are_taken_down() -> None:
     assert len(set(taken[:32])) == 7
 
 
-def test_rows_are_filled_up_with_ones_that_are_nobodys() -> None:
-    batch, _ = sequence_steps([1, 1, 1], [5, 64, 130], [7, 8, 9])
-    ids, positions, slots, starts, lengths, tables = step_arrays(batch, 16, 8)
-    assert ids.tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
-    assert positions.tolist() == [5, 64, 130, 0, 0, 0, 0, 0]
-    assert slots.tolist() == [5, 2 * 64, 5 * 64 + 2, -1, -1, -1, -1, -1]
-    assert starts.tolist() == list(range(9))
-    assert lengths.tolist() == [6, 65, 131, 0, 0, 0, 0, 0]
-    assert tables.shape == (8, 16)
-    assert np.array_equal(tables[:3, :3], batch.block_tables)
-    assert not tables[:, 3:].any()
+def test_rows_are_filled_up_with_ones_that_are_nobodys(device: Any) -> None:
+    batch, _ = sequence_steps([1, 1, 1], [5, 64, 130], [7, FROM_DEVICE, 9])
+    there = device.backend.new_step_rows(8, 16)
+    there.tell(batch, np.array([NOWHERE, 4, 2], np.int32), 33)
+    STREAM.synchronize()
+    assert there.ids.tolist() == [7, ~4, 9, 0, 0, 0, 0, 0]
+    assert there.positions.tolist() == [5, 64, 130, 0, 0, 0, 0, 0]
+    assert there.slots.tolist() == [5, 2 * 64, 5 * 64 + 2, -1, -1, -1, -1, -1]
+    assert there.row_starts.tolist() == list(range(9))
+    assert there.lengths.tolist() == [6, 65, 131, 0, 0, 0, 0, 0]
+    assert there.places.tolist() == [NOWHERE, 4, 2, *[NOWHERE] * 5]
+    assert there.tables.shape == (8, 16)
+    assert np.array_equal(there.tables[:3, :3], batch.block_tables)
+    assert there.answer.tolist() == [33]
+
+
+def test_steps_are_told_anew_whatever_was_told_before(device: Any) -> None:
+    there = device.backend.new_step_rows(ROWS, WIDTH)
+    for wanted in tell_steps(there):
+        STREAM.synchronize()
+        check_told(there, wanted, np.asarray)
 
 
 def test_rows_that_are_nobodys_leave_the_cache_as_it_is(

@@ -15,11 +15,20 @@ from kvrelay_kernels.cuda.expand_matrix import ExpandMatrix
 from kvrelay_kernels.cuda.few_rows import FewRows, FewRowsShape
 from kvrelay_kernels.cuda.rows import RowKernels
 from kvrelay_kernels.cuda.weights import WeightLoader
+from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.quant import AffineWeight
-from kvrelay_kernels.quant.weights import quantize_weight
+from kvrelay_kernels.quant.weights import quantize_scaled, quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
-from tests.kernels.coded_cases import DTYPES, FORMS, UNIT, activations, coded_weight
+from tests.kernels.coded_cases import (
+    DTYPES,
+    FLOAT_FORMS,
+    FORMS,
+    UNIT,
+    activations,
+    coded_weight,
+    float_weight,
+)
 from tests.kernels.host_kernels import COMPILER, HostKernels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
@@ -47,7 +56,7 @@ def weight_of(name: str, n: int, k: int, element: str) -> tuple[Any, NDArray[np.
     if name == "16":
         values = np.random.default_rng(n * k).standard_normal((n, k)).astype(DTYPES[element])
         return values.view(np.uint16), values.astype(np.float64)
-    matrix, codes = coded_weight(name, n, k)
+    matrix, codes = (float_weight if name in FLOAT_FORMS else coded_weight)(name, n, k)
     return matrix, codes.dequantize().astype(np.float64)
 
 
@@ -59,7 +68,10 @@ def product(kernels: Any, x: NDArray[Any], weight: Any, bias: Any, element: Elem
 
 @pytest.mark.parametrize(
     ("name", "element"),
-    [*((name, "bfloat16") for name in (*FORMS, "16")), ("int4-g32", "float16"), ("int8-g64", "float16")],
+    [
+        *((name, "bfloat16") for name in (*FORMS, *FLOAT_FORMS, "16")),
+        *((name, "float16") for name in ("int4-g32", "int8-g64", "fp8-row")),
+    ],
 )
 def test_against_float64(kernels: Any, name: str, element: Element16) -> None:
     weight, values = weight_of(name, N, K, element)
@@ -101,7 +113,7 @@ def test_bits_do_not_depend_on_the_launch(
     assert np.array_equal(product(kernels, x, weight, None, "bfloat16"), usual)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "16"])
+@pytest.mark.parametrize("name", ["int4-g32", "fp8-row", "16"])
 @pytest.mark.parametrize(("n", "k"), [(24, 96), (5, 32), (200, 1056)])
 def test_sizes_that_fill_no_tile(kernels: Any, name: str, n: int, k: int) -> None:
     weight, values = weight_of(name, n, k, "float16")
@@ -112,7 +124,14 @@ def test_sizes_that_fill_no_tile(kernels: Any, name: str, n: int, k: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "element"), [("int4-g32", "float16"), ("int8-g64", "bfloat16"), ("int8-g16-wide", "bfloat16")]
+    ("name", "element"),
+    [
+        ("int4-g32", "float16"),
+        ("int8-g64", "bfloat16"),
+        ("int8-g16-wide", "bfloat16"),
+        ("fp8-row", "bfloat16"),
+        ("fp8-g128", "float16"),
+    ],
 )
 def test_expansion_and_embedding(kernels: Any, name: str, element: Element16) -> None:
     """Rounded once, like the definition's values in float32."""
@@ -165,14 +184,18 @@ def numpy_as_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", library)
 
 
-@pytest.mark.parametrize("mode", ["auto", "float", "int8", "int4"])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "codes", "mixed"])
+@pytest.mark.parametrize("mode", ["auto", "float", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "codes", "mixed", "fp8", "fp8 and codes"])
 def test_loading(kernels: Any, numpy_as_cupy: None, mode: WeightMode, kind: str) -> None:
     """The same matrices as the reference's, in codes wherever they can be."""
     values = [np.random.default_rng(n).standard_normal((n, 192)).astype(np.float32) for n in (64, 24)]
     parts: list[Any] = list(values)
     if kind == "bfloat16":
         parts = [part.astype(DTYPES[kind]) for part in values]
+    elif kind.startswith("fp8"):
+        parts[0] = quantize_scaled(values[0])
+        blocks = float_weight("fp8-g128", 24, 192)[1]
+        parts[1] = quantize_weight(values[1], 8, 32) if "codes" in kind else blocks
     elif kind != "float32":
         parts[0] = quantize_weight(values[0], 4, 64)
         parts[1] = quantize_weight(values[1], 8, 32) if kind == "codes" else values[1]
@@ -180,7 +203,39 @@ def test_loading(kernels: Any, numpy_as_cupy: None, mode: WeightMode, kind: str)
     ids = np.arange(88, dtype=np.int32)
     wanted = reference.embed(reference.load_linear(parts, mode), ids, 1.0)
     weight = WeightLoader("float16", kernels).matrix(parts, mode, None).weight
-    assert isinstance(weight, CodedMatrix) == (mode in ("int8", "int4") or (mode, kind) == ("auto", "codes"))
+    kept = mode == "auto" and kind in ("codes", "fp8")
+    assert isinstance(weight, CodedMatrix) == (kept or mode in ("int8", "int4", "fp8"))
     rows = np.full((88, 192), np.nan, np.float32)
     RowKernels("float16", kernels).embed(weight, ids, 1.0, rows)
     assert np.linalg.norm(rows - wanted) / np.linalg.norm(wanted) < 2 * UNIT["float16"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "codes", "mixed", "fp8"])
+def test_loading_a_gate(kernels: Any, numpy_as_cupy: None, mode: WeightMode, kind: str) -> None:
+    """Its rows and those of `up`, 8 and 8, at the widest codes and the finest group of both."""
+    values = [np.random.default_rng(n).standard_normal((24, 192)).astype(np.float32) for n in range(2)]
+    parts: list[Any] = list(values)
+    if kind == "fp8":
+        parts = [quantize_scaled(values[0]), float_weight("fp8-g128", 24, 192)[1]]
+    elif kind != "float32":
+        parts[0] = quantize_weight(values[0], 4, 64)
+        parts[1] = quantize_weight(values[1], 8, 32) if kind == "codes" else values[1]
+    ids = np.arange(48, dtype=np.int32)
+    plain = WeightLoader("float16", kernels).matrix(parts, mode, None)
+    gated = WeightLoader("float16", kernels).matrix(parts, mode, None, gated=True)
+    assert (gated.coded, gated.n, gated.k) == (plain.coded, 48, 192)
+    below, by_turns = np.full((2, 48, 192), np.nan, np.float32)
+    RowKernels("float16", kernels).embed(plain.weight, ids, 1.0, below)
+    RowKernels("float16", kernels).embed(gated.weight, ids, 1.0, by_turns)
+    for tile in range(3):
+        for part in range(2):
+            first, of_gate = 24 * part + 8 * tile, 16 * tile + 8 * part
+            assert np.array_equal(by_turns[of_gate : of_gate + 8], below[first : first + 8])
+
+
+@pytest.mark.parametrize("rows", [(12, 12), (16, 32)])
+def test_a_gate_that_fills_no_tiles(kernels: Any, numpy_as_cupy: None, rows: tuple[int, int]) -> None:
+    parts = [np.ones((n, 64), np.float32) for n in rows]
+    with pytest.raises(FormatUnsupported, match="`up`"):
+        WeightLoader("float16", kernels).matrix(parts, "auto", None, gated=True)

@@ -34,7 +34,8 @@ def test_all_formats_are_served(name: str, head_dim: int) -> None:
         for shared_limit in SMALLER:
             fitting = launch_shape(problem, shared_limit)
             assert problem.shared_bytes(fitting) <= shared_limit
-            assert replace(fitting, warps=shape.warps) == shape
+            assert replace(fitting, warps=shape.warps, side=shape.side) == shape
+            assert fitting.warps % fitting.side == spec.kv_heads % fitting.side == 0
         with pytest.raises(FormatUnsupported, match="bytes of shared memory; the GPU has 4096"):
             launch_shape(problem, 4096)
 

@@ -10,7 +10,7 @@ from kvrelay_kernels.cuda.launch import launch_attribute, launch_config, overlap
 from kvrelay_kernels.cuda.module import SOURCES, awaits_producers
 
 OF_A_STEP = [
-    "rms_norm", "gate", "rope_append", "rotate_rows", "embed", "newest_ids", "move_rows", "decode_plan",
+    "rms_norm", "gate", "rope_append", "rotate_rows", "embed", "move_rows", "decode_plan",
     "draw_peak", "draw_tally", "draw",
 ]  # fmt: skip
 

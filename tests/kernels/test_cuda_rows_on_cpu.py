@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kvrelay_kernels.cuda.coded_matrix import gated_order
 from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.cuda.rows import RowKernels
 from kvrelay_kernels.cuda.weights import convert_key
@@ -60,7 +61,7 @@ def test_gate(kernels: Any, element: Element16, activation: Activation) -> None:
     x = 4 * np.random.default_rng(1).standard_normal((3, 2 * 2056)).astype(np.float32)
     x[0, :4] = -80, 80, 0, -0.0
     there, out = elements(x, element), np.full((3, 2056), 0xFFFF, np.uint16)
-    RowKernels(element, kernels).gate(there, activation, out)
+    RowKernels(element, kernels).gate(there[:, gated_order(2 * 2056)].copy(), activation, out)
     wanted = REFERENCE.gate(floats(there, element).astype(np.float64), activation)
     assert error(floats(out, element), wanted) < UNIT[element]
 
@@ -72,6 +73,10 @@ def test_rows_by_number(kernels: Any, element: Element16) -> None:
     out = np.full((4, 136), np.nan, np.float32)
     rows.embed(table, ids, 2.5, out)
     assert np.array_equal(out, floats(table, element)[ids] * np.float32(2.5))
+    given, newest = np.array([~4, 0, 8, ~0], np.int32), np.array([3, 1, 1, 1, 8], np.int32)
+    same = np.full((4, 136), np.nan, np.float32)
+    rows.embed(table, given, 2.5, same, newest)
+    assert np.array_equal(same, out)
     some = np.zeros((4, 136), np.uint16)
     rows.gather(table, ids, some)
     assert np.array_equal(some, table[ids])

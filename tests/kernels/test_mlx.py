@@ -18,7 +18,7 @@ from kvrelay_kernels.mlx.backend import MlxBackend
 from kvrelay_kernels.mlx.linear import AffineLinear, FloatLinear
 from kvrelay_kernels.quant import AffineWeight, BlockLayout, codec, parse_format
 from kvrelay_kernels.quant.formats import SCHEMES
-from kvrelay_kernels.quant.weights import quantize_weight
+from kvrelay_kernels.quant.weights import quantize_scaled, quantize_weight
 from kvrelay_kernels.reference.backend import ReferenceBackend
 from model_runtime.catalog import default_cache_dir, resolve
 from model_runtime.checkpoint import load_model
@@ -165,20 +165,23 @@ def weights(kind: str) -> tuple[list[Any], NDArray[np.float32]]:
     values = [normal((32, 128), 1), normal((16, 128), 2)]
     if kind == "float":
         return list(values), np.concatenate(values)
+    if kind == "fp8":
+        small = [quantize_scaled(part) for part in values]
+        return list(small), np.concatenate([part.dequantize() for part in small])
     bits, group = {"int8": (8, 32), "int4": (4, 32), "mixed": (4, 64), "group16": (8, 16)}[kind]
     parts = [quantize_weight(values[0], bits, group), quantize_weight(values[1], 8, min(group, 32))]
     return list(parts), np.concatenate([part.dequantize() for part in parts])
 
 
-@pytest.mark.parametrize("kind", ["float", "int8", "int4", "mixed", "group16"])
-@pytest.mark.parametrize("mode", ["auto", "float", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float", "int8", "int4", "mixed", "group16", "fp8"])
+@pytest.mark.parametrize("mode", ["auto", "float", "int8", "int4", "fp8"])
 def test_products_and_rows(kind: str, mode: WeightMode, backend: MlxBackend) -> None:
     parts, exact = weights(kind)
     bias = normal((48,), 3)
     linear = backend.load_linear(parts, mode, bias)
     x = normal((5, 128), 4)
-    lossy = mode in ("int8", "int4")
-    atol = {"int8": 0.4, "int4": 6.0}.get(mode, 1e-4)
+    lossy = mode in ("int8", "int4", "fp8")
+    atol = {"int8": 0.4, "int4": 6.0, "fp8": 2.0}.get(mode, 1e-4)
     np.testing.assert_allclose(host(backend.linear(mx.array(x), linear)), x @ exact.T + bias, atol=atol)
     ids = np.array([3, 40, 3], np.int32)
     rows = host(backend.embed(linear, ids, 2.0))
@@ -195,6 +198,7 @@ def test_codes_of_a_file_are_kept(backend: MlxBackend) -> None:
     assert (linear.bits, linear.group) == (4, 32)
     group_16: AffineWeight = quantize_weight(normal((8, 64)), 8, 16)
     assert isinstance(backend.load_linear([group_16], "auto"), FloatLinear)
+    assert isinstance(backend.load_linear([quantize_scaled(normal((8, 64)))], "auto"), FloatLinear)
     with pytest.raises(FormatUnsupported, match="48 columns"):
         backend.load_linear([normal((8, 48))], "int8")
 
@@ -203,8 +207,10 @@ def test_codes_of_a_file_are_kept(backend: MlxBackend) -> None:
 def test_rows_of_elements(activation: Any, backend: MlxBackend) -> None:
     reference: Any = ReferenceBackend()
     x, weight = normal((6, 64), 1), normal((64,), 2)
-    found = host(backend.gate(mx.array(x), activation))
-    np.testing.assert_allclose(found, reference.gate(x, activation), atol=1e-5)
+    gate, up = normal((48, 64), 3), normal((48, 64), 4)
+    found = host(backend.gated_linear(mx.array(x), backend.load_gated(gate, up, "auto"), activation))
+    wanted = reference.gated_linear(x, reference.load_gated(gate, up, "auto"), activation)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     normed = host(backend.rms_norm(mx.array(x), backend.load_array(weight), 1e-6))
     np.testing.assert_allclose(normed, reference.rms_norm(x, weight, 1e-6), atol=1e-5)
     summed, normed = backend.add_rms_norm(mx.array(x), mx.array(x), backend.load_array(weight), 1e-6)

@@ -58,7 +58,7 @@ def test_recorded_steps_have_the_same_bits(family: str, kv_format: str, tmp_path
                     np.testing.assert_allclose(a, b, atol=2e-3)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_recorded_steps_on_codes_have_the_same_bits(family: str, weights: WeightMode, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CONFIGS[family], random_tensors(CONFIGS[family]))

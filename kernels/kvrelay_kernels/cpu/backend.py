@@ -18,6 +18,7 @@ from kvrelay_kernels.cpu.program import address, operation, real
 from kvrelay_kernels.cpu.recording import AtOnce, Recorder, Recording, Sink
 from kvrelay_kernels.cpu.rope import append_code
 from kvrelay_kernels.cpu.rows import add_norm_code, embed_code, gate_code, norm_code, trim_code
+from kvrelay_kernels.cpu.small_floats import scaled_rows_code
 from kvrelay_kernels.cpu.threads import Threads
 from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.cpu.weights import PackedLinear, pack_linear
@@ -75,6 +76,10 @@ class CpuBackend:
         """Pack the parts as one matrix; raises FormatUnsupported for codes or groups that do not fit."""
         return pack_linear(parts, mode, bias)
 
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> PackedLinear:
+        """Pack the gate above its `up`; raises as `load_linear`."""
+        return pack_linear([gate, up], mode, None)
+
     def load_array(self, values: NDArray[Any]) -> Floats:
         """The values as contiguous float32."""
         return np.ascontiguousarray(values, np.float32)
@@ -92,7 +97,7 @@ class CpuBackend:
         self._sink.before(partial(_check_ids, token_ids, table.rows))
         rows, out = len(token_ids), self._sink.blank(len(token_ids), table.columns)
         tasks, chunk = _cut(rows, table.columns)
-        code = embed_code(table.bits, table.half)
+        code = embed_code(table.bits, table.half, table.floats)
         codes, affine = address(table.codes), address(table.affine)
         places = codes, affine, table.group, table.columns, address(token_ids), address(out)
         self._sink.do(out.size, operation(code, tasks, *places, rows, chunk, real(scale)))
@@ -122,7 +127,12 @@ class CpuBackend:
         panels = weight.width // PANEL
         chunk = panels_of_task(panels, rows, self.threads)
         result = address(out), panels, chunk
-        if weight.bits != 32:
+        if weight.floats:
+            matrix = address(weight.codes), address(weight.affine), weight.group
+            places = address(x), rows, weight.columns, *matrix, *result
+            product = operation(scaled_rows_code(), -(-panels // chunk), *places)
+            self._sink.do(rows * weight.codes.size, product)
+        elif weight.bits != 32:
             code = coded_rows_code(weight.bits, weight.segment, weight.half)
             records = self._sink.rounded(x)
             matrix = address(weight.codes), address(weight.affine), weight.group
@@ -144,6 +154,12 @@ class CpuBackend:
         places = address(out), weight.width, address(trimmed), weight.rows, rows, chunk, bias
         self._sink.do(trimmed.size, operation(trim_code(), tasks, *places))
         return trimmed
+
+    def gated_linear(
+        self, x: Floats, weight: PackedLinear, activation: Activation, batch: StepBatch | None = None
+    ) -> Floats:
+        """`activation(gate) * up` of the product with both."""
+        return self.gate(self.linear(x, weight, batch), activation)
 
     def gate(self, gate_up: Floats, activation: Activation) -> Floats:
         """`activation(left half) * right half`."""

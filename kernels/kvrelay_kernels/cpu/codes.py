@@ -11,6 +11,8 @@ from kvrelay_kernels.cpu.vector import BYTE, FLOAT, HALF, INT, shuffled, splat
 from kvrelay_kernels.quant.levels import Levels, edges_of, magnitudes_of
 
 SHORT = ir.IntType(16)
+E4M3_UNIT = 256.0
+"""What numbers are short of as `small_floats` reads them."""
 
 
 def centred(builder: Any, pointer: Any, bits: int) -> list[Any]:
@@ -117,7 +119,7 @@ def _bytes_of_table(builder: Any, table: list[int], index: Any) -> Any:
 
 
 def small_floats(builder: Any, octets: Any) -> Any:
-    """e4m3 numbers times 2^-8, as float32: their bits are those of a float16, at other places."""
+    """e4m3 numbers in units of `E4M3_UNIT`, as float32: their bits are a float16's, at other places."""
     kind = ir.VectorType(SHORT, octets.type.count)
     raised = builder.shl(builder.sext(octets, kind), splat(builder, SHORT(7), kind.count))
     halves = builder.and_(raised, splat(builder, SHORT(0xBF80), kind.count))

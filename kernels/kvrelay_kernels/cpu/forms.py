@@ -21,8 +21,6 @@ CHUNKS = (64, 32, 16, 8, 4, 2, 1)
 """Elements of a head that may be read together."""
 LONG_GROUP = 32
 """Groups from which on a scale comes behind the product; those of shorter ones go into each element."""
-E4M3_UNIT = 256.0
-"""What elements are short of as `codes.small_floats` reads them."""
 
 
 class Form(ABC):
@@ -200,7 +198,7 @@ class Scaled(Form):
             return vector.load(builder, at, count, HALF)
         stored = vector.load(builder, at, count, BYTE)
         found = self._stored_scale(builder, stored)
-        unit = E4M3_UNIT if self.table == "e4m3" else 1.0
+        unit = codes.E4M3_UNIT if self.table == "e4m3" else 1.0
         return found if unit == 1.0 else builder.fmul(found, vector.splat(builder, FLOAT(unit), count))
 
     def encode(self, builder: Any, x: Any) -> tuple[Any, list[Any]]:
@@ -254,7 +252,7 @@ class Scaled(Form):
         lanes = stored.type.count
         nan = vector.splat(builder, FLOAT(float("nan")), lanes)
         if self.kind == "e4m3":
-            unit = vector.splat(builder, FLOAT(E4M3_UNIT), lanes)
+            unit = vector.splat(builder, FLOAT(codes.E4M3_UNIT), lanes)
             found, mark = builder.fmul(codes.small_floats(builder, stored), unit), scales.E4M3_NAN
         else:
             found, mark = codes.powers_of_two(builder, stored), scales.E8M0_NAN

@@ -11,10 +11,12 @@ from numba import types
 
 from kvrelay_kernels.cpu import vector
 from kvrelay_kernels.cpu.coded import round_columns
+from kvrelay_kernels.cpu.codes import E4M3_UNIT
 from kvrelay_kernels.cpu.integers import affine_at
 from kvrelay_kernels.cpu.program import ROUNDED, doubles, floats, halves, longs, octets, task_code, words
 from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.cpu.vector import FLOAT, Registers, emitted
+from kvrelay_kernels.quant.levels import decode_e4m3
 
 LANES = 32
 
@@ -138,15 +140,18 @@ def gate_code(gelu: bool) -> Any:
 
 
 @once
-def embed_code(bits: int, half: bool) -> Any:
-    """Codes, their scales and biases, group, columns, token ids, out, rows, rows of a task, factor."""
+def embed_code(bits: int, half: bool, small: bool) -> Any:
+    """Codes, their scales and biases, group, columns, token ids, out, rows, rows of a task, factor.
 
+    `small`: codes are 8-bit floats.
+    """
     of_word = 16 // bits or 1
+    numbers = decode_e4m3(np.arange(256, dtype=np.uint8)) / np.float32(E4M3_UNIT)
 
     def embed(at: int, task: int) -> None:
         a = longs(at)
         affine = halves(a[1]) if half else floats(a[1])
-        codes = floats(a[0]) if bits == 32 else halves(a[0])
+        codes = octets(a[0]) if small else floats(a[0]) if bits == 32 else halves(a[0])
         group, columns, ids, out = a[2], a[3], words(a[4]), floats(a[5])
         rows, chunk, factor = a[6], a[7], np.float32(doubles(at)[8])
         for row in range(task * chunk, min(rows, (task + 1) * chunk)):
@@ -154,6 +159,10 @@ def embed_code(bits: int, half: bool) -> Any:
             for column in range(columns):
                 if bits == 32:
                     value = codes[(panel * columns + column) * PANEL + lane]
+                elif small:
+                    groups = -(-columns // group)
+                    scale = affine[(panel * groups + column // group) * PANEL + lane]
+                    value = numbers[codes[(panel * columns + column) * PANEL + lane]] * scale
                 else:
                     step, place = divmod(column, 2 * of_word)
                     line = (panel * (columns // (2 * of_word)) + step) * PANEL + lane

@@ -8,11 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrelay_kernels.cpu.codes import E4M3_UNIT
 from kvrelay_kernels.cpu.integers import COLUMNS, LEAST
+from kvrelay_kernels.cpu.small_floats import GROUP
 from kvrelay_kernels.cpu.tiles import PANEL
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
-from kvrelay_kernels.quant.weights import MODE_BITS, AffineWeight, as_codes, concatenate
+from kvrelay_kernels.quant.weights import (
+    AffineWeight,
+    ScaledWeight,
+    as_floats,
+    concatenate,
+    concatenate_scaled,
+    in_mode,
+)
 
 CACHE_LINE = 64
 
@@ -25,6 +34,9 @@ class PackedLinear:
     columns * bits / 32, PANEL, 2]`: pairs of words, whose lowest codes are neighbouring columns, the next
     ones the next two, and so on. `affine` is `[panels, columns / group, 2, PANEL]`: scales, then biases,
     float32 or, where that loses nothing, float16 seen as uint16.
+
+    8-bit floats are uint8, `[panels, columns, PANEL]`, and there are scales alone, float32 `[panels, groups,
+    PANEL]`, `E4M3_UNIT` times as large; the last group may be short.
     """
 
     rows: int
@@ -44,6 +56,11 @@ class PackedLinear:
     def segment(self) -> int:
         """Columns whose products are summed as integers: a group, or a part of one."""
         return gcd(self.group, COLUMNS)
+
+    @property
+    def floats(self) -> bool:
+        """Whether it is a matrix of 8-bit floats."""
+        return self.codes.dtype == np.uint8
 
     @property
     def half(self) -> bool:
@@ -94,6 +111,13 @@ def _pack_affine(weight: AffineWeight, panels: int) -> tuple[NDArray[np.uint16],
     return codes, affine.view(np.uint16) if fits else affine
 
 
+def _at_most(columns: int, weight: ScaledWeight) -> ScaledWeight:
+    """The weight with groups of no more columns."""
+    if weight.group <= columns:
+        return weight
+    return weight.regroup(columns if weight.scales.shape[1] == 1 else gcd(weight.group, columns))
+
+
 def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None) -> PackedLinear:
     """Pack the parts, rows below each other. Parts of mixed kinds become float32 together, and so do codes in
     groups of columns that integers cannot be summed in.
@@ -101,21 +125,25 @@ def pack_linear(parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any
     Raises:
         FormatUnsupported: codes of an unknown width, or columns that no group divides.
     """
-    if mode in MODE_BITS:
-        parts = [as_codes(part, MODE_BITS[mode]) for part in parts]
+    parts = [in_mode(part, mode) for part in parts]
     coded = [part for part in parts if isinstance(part, AffineWeight)]
     columns = parts[0].shape[1]
     rows = sum(part.shape[0] for part in parts)
     panels = -(-rows // (2 * PANEL)) * 2
-    whole = concatenate(coded) if mode != "float" and len(coded) == len(parts) else None
+    offsets = None if bias is None else np.ascontiguousarray(bias, np.float32)
+    scaled = [part for part in parts if isinstance(part, ScaledWeight)]
+    if len(scaled) == len(parts):
+        small = _at_most(GROUP, concatenate_scaled(scaled))
+        scales = _panels(small.scales * np.float32(E4M3_UNIT), panels)
+        return PackedLinear(rows, columns, 8, small.group, _panels(small.codes, panels), scales, offsets)
+    whole = concatenate(coded) if len(coded) == len(parts) else None
     if whole is not None and whole.group % LEAST == 0:
         if not 1 <= whole.bits <= 8:
             raise FormatUnsupported(f"weights of {whole.bits} bits")
         bits, group = 4 if whole.bits <= 4 else 8, whole.group
         codes, affine = _pack_affine(AffineWeight(whole.codes, whole.scales, whole.biases, bits), panels)
     else:
-        values = [p.dequantize() if isinstance(p, AffineWeight) else np.asarray(p, np.float32) for p in parts]
+        values = [as_floats(part) for part in parts]
         bits, group, affine = 32, columns, np.zeros(1, np.float32)
         codes = _panels(np.concatenate(values), panels)
-    offsets = None if bias is None else np.ascontiguousarray(bias, np.float32)
     return PackedLinear(rows, columns, bits, group, codes, affine, offsets)

@@ -16,11 +16,12 @@ from kvrelay_kernels.cuda.draw import MOST_TOKENS
 from kvrelay_kernels.cuda.drawn_steps import CudaDrawing
 from kvrelay_kernels.cuda.few_rows import MOST_ROWS
 from kvrelay_kernels.cuda.gemm import CudaLinear, Products, row_bucket
-from kvrelay_kernels.cuda.module import KernelCache
+from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.prefill_attention import PrefillAttention
 from kvrelay_kernels.cuda.recording import Recording
 from kvrelay_kernels.cuda.rope import RopeAppend
 from kvrelay_kernels.cuda.rows import RowKernels
+from kvrelay_kernels.cuda.step_rows import StepRows
 from kvrelay_kernels.cuda.weights import WeightLoader
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import (
@@ -105,11 +106,11 @@ class CudaBackend:
         self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None
     ) -> CudaLinear:
         """See `Backend.load_linear`; codes stay codes. Raises FormatUnsupported, MemoryError."""
-        self.stream.use()
-        matrix = self._weights.matrix(parts, mode, bias)
-        # Products read a weight before they wait for the kernels ahead, which may be those that wrote it.
-        self.stream.synchronize()
-        return matrix
+        return self._load(parts, mode, bias, gated=False)
+
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> CudaLinear:
+        """See `Backend.load_gated`; 8 divides `width`. Raises FormatUnsupported, MemoryError."""
+        return self._load([gate, up], mode, None, gated=True)
 
     def load_array(self, values: NDArray[Any]) -> Any:
         """The values as float32: what norms and rope multiply with."""
@@ -137,10 +138,10 @@ class CudaBackend:
         self.stream.use()
         return self.embed_there(table, self.uploads.send([token_ids])[0], scale)
 
-    def embed_there(self, table: CudaLinear, ids: Any, scale: float) -> Any:
-        """`embed` of ids that lie on the device."""
+    def embed_there(self, table: CudaLinear, ids: Any, scale: float, newest: Any = None) -> Any:
+        """`embed` of ids that the host told the device, or, for ~place, of those that `newest` has there."""
         out = self._blank(len(ids), table.k, np.float32)
-        self._rows.embed(table.weight, ids, scale, out)
+        self._rows.embed(table.weight, ids, scale, out, newest)
         return out
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
@@ -162,16 +163,22 @@ class CudaBackend:
         Without a batch, a 16-bit weight takes all rows as those of prompts, codes more than `MOST_ROWS`.
         """
         out = self._blank(len(x), weight.n)
-        every = [(0, len(x), not weight.coded or len(x) > MOST_ROWS)]
-        runs = every if batch is None else batch.runs
-        for begin, end, prompts in runs:
+        for begin, end, prompts in _runs(len(x), weight, batch):
             self._products(x[begin:end], weight, out[begin:end], prompts)
         return out
 
-    def gate(self, gate_up: Any, activation: Activation) -> Any:
-        """See `Backend.gate`."""
-        out = self._blank(len(gate_up), gate_up.shape[1] // 2)
-        self._rows.gate(gate_up, activation, out)
+    def gated_linear(
+        self, x: Any, weight: CudaLinear, activation: Activation, batch: StepBatch | None = None
+    ) -> Any:
+        """See `Backend.gated_linear`: rows of prompts are rounded to 16 bit before their activation."""
+        out = self._blank(len(x), weight.n // 2)
+        for begin, end, prompts in _runs(len(x), weight, batch):
+            if self._products.gates(weight, prompts):
+                self._products(x[begin:end], weight, out[begin:end], prompts, activation)
+            else:
+                gate_up = self._blank(end - begin, weight.n)
+                self._products(x[begin:end], weight, gate_up, prompts)
+                self._rows.gate(gate_up, activation, out[begin:end])
         return out
 
     def rope_append(
@@ -248,8 +255,12 @@ class CudaBackend:
         self._products(x, head, out, prompts=False)
 
     def record(self, step: Step, rows: int, arena: CudaArena) -> RecordedStep:
-        """The step as a CUDA graph: the host uploads its batch, launches once, and reads the logits."""
+        """The step as a CUDA graph: the host tells its rows, launches once, and reads the logits."""
         return Recording(self, step, arena)
+
+    def new_step_rows(self, rows: int, width: int) -> StepRows:
+        """The arrays of a recorded step of so many rows, with tables of so many blocks."""
+        return StepRows(rows, width, device_arch(), self._kernels, self.uploads)
 
     def new_drawing(self, vocabulary: int, places: int) -> CudaDrawing | None:
         """See `Backend.new_drawing`; None for vocabularies of more than `MOST_TOKENS`."""
@@ -264,6 +275,15 @@ class CudaBackend:
         cupy.get_default_memory_pool().free_all_blocks()
         cupy.get_default_pinned_memory_pool().free_all_blocks()
         self._products.expect(max(shapes["chunk"], shapes["sequences"]), shapes["sequences"])
+
+    def _load(
+        self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None, gated: bool
+    ) -> CudaLinear:
+        self.stream.use()
+        matrix = self._weights.matrix(parts, mode, bias, gated)
+        # Products read a weight before they wait for the kernels ahead, which may be those that wrote it.
+        self.stream.synchronize()
+        return matrix
 
     def _there(self, batch: StepBatch, arena: CudaArena) -> DeviceBatch:
         """A step's batch on the device; the last one is kept, since each layer asks for it."""
@@ -285,3 +305,10 @@ class CudaBackend:
         if self._host_logits.size < rows * width:
             self._host_logits = cupyx.empty_pinned((row_bucket(rows) * width,), np.float32)
         return self._host_logits[: rows * width].reshape(rows, width)
+
+
+def _runs(rows: int, weight: CudaLinear, batch: StepBatch | None) -> list[tuple[int, int, bool]]:
+    """Rows that take products of one kind: `(begin, end, prompts)`."""
+    if batch is None:
+        return [(0, rows, not weight.coded or rows > MOST_ROWS)]
+    return batch.runs

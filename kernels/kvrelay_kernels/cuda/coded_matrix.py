@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvrelay_kernels.quant import AffineWeight
-from kvrelay_kernels.quant.weights import concatenate
+from kvrelay_kernels.quant import AffineWeight, CodedWeight, ScaledWeight
+from kvrelay_kernels.quant.weights import concatenate, concatenate_scaled
 
 TILE_ROWS = 16
 PAIR_ROWS = 2 * TILE_ROWS
@@ -30,18 +31,29 @@ class Form:
     bits: int
     """Of a code; 16: elements, row by row."""
     group: int = UNIT_COLUMNS
+    """Columns that share a scale; 0: all of a row."""
     wide: bool = False
     """Scales and biases are float32."""
+    floats: bool = False
+    """Codes are 8-bit floats (e4m3), each group's with a float32 scale and no bias."""
+
+    @property
+    def row_scaled(self) -> bool:
+        """Whether sums are multiplied by the scales of rows, and not codes by those of groups."""
+        return self.group == 0
 
     @property
     def constants(self) -> dict[str, int]:
         """Macros of the kernel's source."""
-        return {"BITS": self.bits, "GROUP": self.group, "WIDE_FACTORS": int(self.wide)}
+        wide, floats = int(self.wide), int(self.floats)
+        return {"BITS": self.bits, "GROUP": self.group, "WIDE_FACTORS": wide, "FLOATS": floats}
 
     @property
     def factor_words(self) -> int:
         """Words of scales and biases that go with a lane's codes of 16 rows x 64 columns."""
-        return 0 if self.bits == 16 else 2 * UNIT_COLUMNS // self.group * (2 if self.wide else 1)
+        if self.bits == 16 or self.row_scaled:
+            return 0
+        return 2 * UNIT_COLUMNS // self.group * (2 if self.wide else 1)
 
 
 ELEMENTS = Form(16)
@@ -54,7 +66,8 @@ class CodedMatrix:
     `codes` is uint8 `[pairs, units, 2, 128 * bits]`: pairs of tiles of 16 rows, units of 64 columns.
     `factors` is `[pairs, units, 2, row % 8, groups of a unit, row / 8, 2]`: scale / unit and bias / unit /
     `BIAS_UNIT`, float16 or float32. So a code, seen as a subnormal half, times its scale plus its bias is in
-    a half's range.
+    a half's range. Of 8-bit floats there are scales only, in float32: their bits are also those of a half,
+    below 2. If a row has but one, they are `[n]`, and `group` is 0.
     """
 
     shape: tuple[int, int]
@@ -64,11 +77,14 @@ class CodedMatrix:
     factors: Any
     unit: float
     """A power of two."""
+    floats: bool = False
+    """Whether codes are 8-bit floats."""
 
     @property
     def form(self) -> Form:
         """What its kernels are compiled for."""
-        return Form(self.bits, self.group, self.factors.dtype == np.float32)
+        wide = not self.floats and self.factors.dtype == np.float32
+        return Form(self.bits, self.group, wide, self.floats)
 
     @property
     def nbytes(self) -> int:
@@ -76,21 +92,46 @@ class CodedMatrix:
         return int(self.codes.nbytes + self.factors.nbytes)
 
 
-def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMatrix | None:
+def gated_order(n: int) -> NDArray[np.intp]:
+    """Rows of a gate above its `up`, `n` in all, in the order of a gated matrix: 8 of each by turns.
+
+    So a lane of a matrix instruction, which has rows g and g + 8 of a tile, has a gate with its `up`. Of rows
+    that 16 does not divide there is no such order.
+    """
+    return np.arange(n).reshape(2, -1, TILE_ROWS // 2).swapaxes(0, 1).reshape(n)
+
+
+def pack_codes(parts: Sequence[CodedWeight], rounded: bool = False, order: Any = None) -> CodedMatrix | None:
     """The parts below each other, at their widest codes and finest group; None where no kernel reads that.
 
+    They are all in affine form, or all 8-bit floats, whose scales stay as they are.
+    `order` is that of their rows, where these are; None: as they come.
     Codes of up to 4 bits are kept in 4, others in 8; a group that 64 divides is cut into groups of 64.
     Scales and biases become float16 if that loses nothing, or if they may be `rounded`: then a value moves
     by at most 2^-11 of its scale * code and of its bias, as it would in a matrix of float16 elements, or by
     2^-15 of the matrix's largest scale.
     """
-    whole = concatenate(list(parts))
+    affine = [part for part in parts if isinstance(part, AffineWeight)]
+    scaled = [part for part in parts if isinstance(part, ScaledWeight)]
+    whole: Any = concatenate_scaled(scaled) if scaled else concatenate(affine)
+    if order is not None:
+        whole = whole.rows(order)
+    if scaled and whole.scales.shape[1] == 1:
+        codes = _in_lanes(whole.codes, 8, UNIT_COLUMNS)
+        return CodedMatrix(whole.shape, 8, 0, codes, whole.scales.reshape(-1), 1.0, floats=True)
     if whole.group % UNIT_COLUMNS == 0:
         whole = whole.regroup(UNIT_COLUMNS)
-    if whole.group not in GROUPS or not 1 <= whole.bits <= max(BITS):
+    if whole.group not in GROUPS:
+        return None
+    if scaled:
+        unit = _unit(whole.scales)
+        factors = _tiled(whole.scales / np.float32(unit), UNIT_COLUMNS // whole.group).copy(order="C")
+        codes = _in_lanes(whole.codes, 8, whole.group)
+        return CodedMatrix(whole.shape, 8, whole.group, codes, factors, unit, floats=True)
+    if not 1 <= whole.bits <= max(BITS):
         return None
     bits = 4 if whole.bits <= 4 else 8
-    unit = _unit(whole)
+    unit = _unit(whole.scales, whole.biases)
     pair = (whole.scales / np.float32(unit), whole.biases / np.float32(unit * BIAS_UNIT))
     factors = np.stack([_tiled(part, UNIT_COLUMNS // whole.group) for part in pair], axis=-1)
     halves = factors.astype(np.float16)
@@ -100,9 +141,9 @@ def pack_codes(parts: Sequence[AffineWeight], rounded: bool = False) -> CodedMat
     return CodedMatrix(whole.shape, bits, whole.group, codes, factors.copy(order="C"), unit)
 
 
-def _unit(weight: Any) -> float:
+def _unit(scales: Any, biases: Any = 0.0) -> float:
     """The least power of two in which no scale or bias is larger than `LARGEST`."""
-    scale, bias = (float(abs(part).max()) for part in (weight.scales, weight.biases))
+    scale, bias = (float(np.max(abs(part))) for part in (scales, biases))
     largest = max(scale, bias / BIAS_UNIT, LARGEST * 2.0**LEAST_EXPONENT)
     if not math.isfinite(scale + bias):
         return 1.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any, Literal
 
 import numpy as np
@@ -26,9 +27,14 @@ BOX_BYTES = 1024
 _WIDENED = {6: 8, 3: 4}
 """Bits of codes that straddle words, and what they are widened to before they are loaded."""
 
+RAISED_GROUP = 16
+"""Elements that share a scale where scales are made halves in shared memory."""
 TABLED = "turbo4"
 """Whose codes are looked up in shared memory, two at a time, by each lane in a table of its own."""
 TABLE_BYTES = 32 * 256 * 4
+
+ABSENT = 0xFFFFFFFF
+"""A word of a partial result that is not there (`sources/primitives.cuh`)."""
 
 LOG2_E = 1.4426950408889634
 
@@ -48,6 +54,8 @@ class LaunchShape:
     """Thread blocks wanted on a multiprocessor; fewer run where shared memory or registers are short."""
     begin_cost: int = 6
     """What beginning a KV head costs a thread block, in blocks of 64 tokens."""
+    side: int = 1
+    """KV heads that a thread block reads side by side, as they lie in a block; divides these and `warps`."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class DecodeProblem:
             "QUERY_TILE": self.query_tile,
             "BFLOAT": int(self.element == "bfloat16"),
             "WARPS": shape.warps,
+            "SIDE": shape.side,
             "STAGES": shape.stages,
             "TILE": shape.tile,
             "BLOCKS_PER_SM": shape.blocks_per_sm,
@@ -122,8 +131,10 @@ class DecodeProblem:
 
         ring = shape.stages * (two_sides(bits) + shape.tile * scales + 8)
         widened = two_sides(_WIDENED[bits]) if bits in _WIDENED else 0
+        if self.layout.format.group == RAISED_GROUP:
+            widened += -(-shape.tile * dim // 4 // BOX_BYTES) * BOX_BYTES
         area = min(self.queries, self.query_tile) * (dim + 4) * 4
-        total = shape.warps * (ring + widened + area + 2 * self.query_tile * 4) + 8 + 16
+        total = shape.warps * (ring + widened + area + 2 * self.query_tile * 4) + 8
         if self.layout.format.base != TABLED:
             return total
         return -(-total // 128) * 128 + TABLE_BYTES
@@ -149,18 +160,19 @@ class DecodeLaunch:
         kernels: KernelCache,
         arrays: Any,
     ) -> None:
-        """`blocks` thread blocks share the work; `arrays` is the array library: CuPy, or NumPy in tests."""
+        """`blocks` thread blocks share the work; `arrays` is the array library: CuPy, or NumPy in tests.
+
+        Thread blocks wait for what others hand over, so that no more may be asked for than run at once.
+        """
         self.problem, self.shape, self.sequences, self.blocks = problem, shape, sequences, blocks
         self._shared = problem.shared_bytes(shape)
         self._plan_kernel = kernels.load(KernelKey.of("decode_plan", {}, arch), 4 * (sequences + 1))
         self._kernel = kernels.load(problem.key(shape, arch), self._shared)
-        self._heads = problem.spec.kv_heads * problem.query_tiles
-        slots = blocks + sequences * self._heads
-        queries = min(problem.queries, problem.query_tile)
-        self._partials = arrays.empty((slots, queries, problem.spec.head_dim), np.float32)
-        self._stats = arrays.empty((slots, queries, 2), np.float32)
-        self._arrivals = arrays.zeros(sequences * self._heads, np.uint32)
-        self._plan = arrays.zeros(4 + 8 * slots + sequences, np.int32)
+        self._heads = problem.spec.kv_heads // shape.side * problem.query_tiles
+        pairs = shape.side * min(problem.queries, problem.query_tile) * problem.spec.head_dim // 2
+        self._partials = arrays.full((blocks, 2, pairs, 4), ABSENT, np.uint32)
+        pieces = blocks + sequences * self._heads
+        self._plan = arrays.zeros(4 + 8 * pieces + sequences, np.int32)
         self._planned = 0
         self._plan_ahead = True
 
@@ -185,7 +197,7 @@ class DecodeLaunch:
         """
         args = (
             q, box_map, cache + layer_bytes, np.int32(layer_bytes // ROW_BYTES),
-            tables, self._plan, out, self._partials, self._stats, self._arrivals,
+            tables, self._plan, out, self._partials,
             np.int32(tables.strides[0] // 4), np.int32(self._planned),
             np.float32(self.problem.spec.scale * LOG2_E), np.int32(self.problem.spec.window or 0),
             np.int32(self._plan_ahead),
@@ -264,11 +276,11 @@ Shape = tuple[int, int, int]
 # and in int8 at 64 and 256; a guess for all others.
 _SHAPES: Mapping[tuple[int, int], Shape] = {
     (16, 64): (8, 2, 32),
-    (16, 128): (6, 2, 32),
+    (16, 128): (8, 3, 16),
     (16, 256): (4, 2, 16),
-    (8, 64): (8, 2, 32),
-    (8, 128): (12, 2, 16),
-    (8, 256): (6, 2, 16),
+    (8, 64): (8, 2, 64),
+    (8, 128): (8, 2, 32),
+    (8, 256): (8, 2, 16),
     (6, 64): (8, 2, 32),
     (6, 128): (8, 2, 32),
     (6, 256): (6, 2, 16),
@@ -283,7 +295,10 @@ _OWN_SHAPES: Mapping[tuple[str, int], Shape] = {
     ("turbo4", 128): (16, 2, 32),
 }
 """Of formats that differ from others of as many bits."""
-_BEGIN_COST = {16: 4, 8: 6, 6: 8, 4: 12, 3: 14}
+_SIDE = {(16, 128): 4}
+"""KV heads side by side, where that is faster; fewer where the numbers of heads or of warps want it."""
+_BEGIN_COST = {16: 4, 8: 6, 6: 8, 4: 16, 3: 14}
+"""At head dimension 128."""
 
 
 def launch_shape(
@@ -304,7 +319,8 @@ def launch_shape(
     warps, stages, tile = found or (8, 2, 64 if bits <= 4 else 32)
     if problem.query_tile == 16:
         warps = min(warps, 8)
-    shape = LaunchShape(warps, stages, tile, begin_cost=_BEGIN_COST[bits])
+    begin_cost = _BEGIN_COST[bits] * max(1, 128 // dim)
+    shape = LaunchShape(warps, stages, tile, begin_cost=begin_cost)
     while problem.shared_bytes(shape) > shared_limit:
         if shape.warps == 1:
             raise FormatUnsupported(
@@ -312,4 +328,4 @@ def launch_shape(
                 f" needs {problem.shared_bytes(shape)} bytes of shared memory; the GPU has {shared_limit}"
             )
         shape = replace(shape, warps=shape.warps - 1)
-    return shape
+    return replace(shape, side=gcd(_SIDE.get((bits, dim), 1), shape.warps, problem.spec.kv_heads))

@@ -86,11 +86,6 @@ class DrawShape:
         return KernelKey.of(source, {"BINS": self.bins, "THREADS": threads}, arch)
 
 
-def newest_ids_key(arch: str) -> KernelKey:
-    """The kernel that looks up newest tokens."""
-    return KernelKey.of("newest_ids", {}, arch)
-
-
 class TokenDraws:
     """The state of sequences at their places, and the kernels on it, wherever that lies.
 
@@ -124,25 +119,20 @@ class TokenDraws:
         self._masses = arrays.zeros((rows, shape.bins), np.uint64)
         self._counts = arrays.zeros((rows, shape.bins), np.uint32)
         self._threads = shape.threads, min(shape.threads, PIECE_THREADS)
-        self._newest_ids = kernels.load(newest_ids_key(arch), 0)
         self._kernels = [
             kernels.load(shape.key(source, arch), 0) for source in ("draw_peak", "draw_tally", "draw")
         ]
 
-    def newest_ids(self, given: Any, ids: Any) -> None:
-        """`ids = given`, or where that is ~place, the newest token there; `[rows]` int32."""
-        rows = len(given)
-        threads = min(1024, -(-rows // 32) * 32)
-        blocks = -(-rows // threads)
-        self._newest_ids((blocks,), (threads,), (given, self.newest, np.int32(rows), ids))
+    def draw(self, logits: Any, places: Any, lengths: Any, tokens: Any, answer: Any) -> None:
+        """Draw `[rows]` tokens for the sequences at `places`, which have `lengths` tokens; NOWHERE: none.
 
-    def draw(self, logits: Any, places: Any, lengths: Any, tokens: Any) -> None:
-        """Draw `tokens` `[rows]` for the sequences at `places`, which have `lengths` tokens; NOWHERE: none.
+        They go to `tokens`, int32, from element `answer[0]` on: an array, or the address of pinned memory of
+        the host, which may read them when an event behind this is done.
 
         Penalties and masks are put into the `logits` `[rows, vocabulary]` of rows that have such. Tokens are
         counted, and become the newest ones.
         """
-        rows = len(tokens)
+        rows = len(places)
         peak, tally, draw = self._kernels
         threads, piece_threads = self._threads
         vocabulary, stride = np.int32(self.vocabulary), np.int32(self._stride)
@@ -159,6 +149,6 @@ class TokenDraws:
             (rows,), (threads,),
             (
                 logits, places, lengths, self.settings, vocabulary, stride, np.int32(pieces), *state,
-                self.seen, self.newest, tokens,
+                self.seen, self.newest, tokens, answer,
             ),
         )  # fmt: skip

@@ -1,7 +1,6 @@
 """Decode steps that end in tokens: recorded, launched without waiting, and read when the device has drawn."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +11,15 @@ from kvrelay_kernels.cuda.batch import DeviceBatch
 from kvrelay_kernels.cuda.draw import TokenDraws, is_counted, seen_of, settings_of
 from kvrelay_kernels.cuda.gemm import CudaLinear
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
-from kvrelay_kernels.cuda.recording import StandIn, Take, filled, step_arrays, table_width
+from kvrelay_kernels.cuda.recording import StandIn, Take, table_width
+from kvrelay_kernels.cuda.step_rows import StepRows
 from kvrelay_kernels.interface import FROM_DEVICE, NOWHERE, Draw, Logits, Step, StepBatch
 
 if TYPE_CHECKING:
     from kvrelay_kernels.cuda.backend import CudaBackend
+
+TURNS = 4
+"""Steps whose tokens lie apart; at most two are under way."""
 
 
 class CudaDrawing:
@@ -25,14 +28,18 @@ class CudaDrawing:
     def __init__(self, backend: "CudaBackend", kernels: KernelCache, vocabulary: int, places: int) -> None:
         """Raises MemoryError."""
         import cupy  # pyright: ignore[reportMissingImports]
+        import cupyx  # pyright: ignore[reportMissingImports]
 
         self._backend = backend
         self.rows = filled_rows(places)
         """Rows of the largest step."""
         self.draws = TokenDraws(vocabulary, places, self.rows, device_arch(), kernels, cupy)
-        self.ids: Any = cupy.empty(self.rows, np.int32)
         self.logits: Any = cupy.empty((self.rows, vocabulary), np.float32)
-        self.tokens: Any = cupy.empty(self.rows, np.int32)
+        self.tokens: NDArray[np.int32] = cupyx.empty_pinned((TURNS, self.rows), np.int32)
+        """On the host, which the device writes to: a step's tokens at its turn."""
+        self._drawn = [cupy.cuda.Event(disable_timing=True) for _ in range(TURNS)]
+        self._pending: list[PendingTokens | None] = [None] * TURNS
+        self._turn = 0
 
     def join(self, place: int, draw: Draw, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> None:
         """See `Drawing`."""
@@ -46,6 +53,22 @@ class CudaDrawing:
     def record(self, step: Step, arena: CudaArena) -> "DrawnRecording":
         """See `Drawing`."""
         return DrawnRecording(self._backend, self, step, arena)
+
+    def next_answer(self) -> int:
+        """Where in `tokens`, an element, the next step's are to begin."""
+        self._turn = (self._turn + 1) % TURNS
+        before = self._pending[self._turn]
+        if before is not None:
+            before.tokens()
+        return self._turn * self.rows
+
+    def launched(self, rows: int) -> "PendingTokens":
+        """What `next_answer` was asked for is under way, with so many rows."""
+        drawn = self._drawn[self._turn]
+        drawn.record(self._backend.stream)
+        pending = PendingTokens(self.tokens[self._turn, :rows], drawn, self.logits)
+        self._pending[self._turn] = pending
+        return pending
 
 
 class DrawnRecording:
@@ -63,19 +86,14 @@ class DrawnRecording:
         self._backend.stream.use()
         self._arena.settle(self._backend.stream)
         rows, width = filled_rows(batch.rows), table_width(batch.block_tables.shape[1])
-        newest = (batch.token_ids == FROM_DEVICE) & (places != NOWHERE)
-        told = np.where(newest, 0, batch.token_ids)
-        arrays = step_arrays(replace(batch, token_ids=np.where(newest, ~places, told)), width, rows)
         if (rows, width) not in self._takes:
-            # What is run before the launch draws for nobody: it would count tokens that are never answered.
-            nowhere = np.full(rows, NOWHERE, np.int32)
-            shape = shape_of(filled(told, rows), width)
-            take = Take(self._backend, self._step, shape, [*arrays, nowhere], self._stand_in)
-            self._takes[rows, width] = take
+            there = self._backend.new_step_rows(rows, width)
+            self._takes[rows, width] = Take(self._backend, self._step, batch, there, self._stand_in)
         take = self._takes[rows, width]
-        take.check_ids(told)
-        take.launch([*arrays, filled(places, rows, NOWHERE)])
-        return PendingTokens(self._drawing, batch.rows, self._backend.stream)
+        take.check_ids(batch.token_ids[(batch.token_ids != FROM_DEVICE) | (places == NOWHERE)])
+        take.there.tell(batch, places, self._drawing.next_answer())
+        take.launch()
+        return self._drawing.launched(batch.rows)
 
     def shapes(self, blocks: int) -> Sequence[tuple[int, int]]:
         """See `DrawnStep`."""
@@ -83,39 +101,36 @@ class DrawnRecording:
         widths = sorted({table_width(n) for n in range(1, blocks + 1)})
         return [(n, min(width, blocks)) for n in rows for width in widths]
 
-    def _stand_in(self, batch: DeviceBatch, ids: Any, places: Any) -> StandIn:
-        return _DrawingStandIn(self._backend, batch, ids, places, self._drawing)
+    def _stand_in(self, batch: DeviceBatch, there: StepRows) -> StandIn:
+        return _DrawingStandIn(self._backend, batch, there, self._drawing)
 
 
 class PendingTokens:
     """See `Pending`."""
 
-    def __init__(self, drawing: CudaDrawing, rows: int, stream: Any) -> None:
-        """Has the tokens that `stream` will have drawn copied to the host."""
-        import cupy  # pyright: ignore[reportMissingImports]
-        import cupyx  # pyright: ignore[reportMissingImports]
-
-        self._drawing = drawing
-        # Its own, since the next step may be over before this one's tokens are read.
-        self._tokens: NDArray[np.int32] = cupyx.empty_pinned((rows,), np.int32)
-        drawing.tokens.data.copy_to_host_async(self._tokens.ctypes.data, self._tokens.nbytes, stream)
-        self._copied = cupy.cuda.Event(disable_timing=True)
-        self._copied.record(stream)
+    def __init__(self, there: NDArray[np.int32], drawn: Any, logits: Any) -> None:
+        """Tokens will be `there`, in memory that later steps write to, when the event `drawn` is done."""
+        self._there = there
+        self._drawn = drawn
+        self._logits = logits
+        self._read: NDArray[np.int32] | None = None
 
     @property
     def done(self) -> bool:
         """See `Pending`."""
-        return bool(self._copied.done)
+        return self._read is not None or bool(self._drawn.done)
 
     def tokens(self) -> NDArray[np.int32]:
         """See `Pending`."""
-        self._copied.synchronize()
-        return self._tokens
+        if self._read is None:
+            self._drawn.synchronize()
+            self._read = self._there.copy()
+        return self._read
 
     def logits(self, rows: Sequence[int]) -> Logits:
         """See `Pending`."""
-        self._copied.synchronize()
-        return np.stack([self._drawing.logits[row].get() for row in rows])
+        self.tokens()
+        return np.stack([self._logits[row].get() for row in rows])
 
 
 def filled_rows(rows: int) -> int:
@@ -129,31 +144,23 @@ def filled_rows(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
-def shape_of(token_ids: NDArray[np.int32], width: int) -> StepBatch:
-    """What the host is told of a step that is taken down; beyond the ids, nothing but its shape is read."""
-    rows = len(token_ids)
-    zeros, every = np.zeros(rows, np.int32), np.arange(rows + 1, dtype=np.int32)
-    return StepBatch(token_ids, zeros, every, zeros, np.zeros((rows, width), np.int32), every[:-1])
-
-
 class _DrawingStandIn(StandIn):
     """Begins with the tokens drawn before, and ends in new ones."""
 
     def __init__(
-        self, backend: "CudaBackend", batch: DeviceBatch, ids: Any, places: Any, drawing: CudaDrawing
+        self, backend: "CudaBackend", batch: DeviceBatch, there: StepRows, drawing: CudaDrawing
     ) -> None:
-        super().__init__(backend, batch, drawing.ids[: len(ids)])
-        self._given, self._places, self._drawing = ids, places, drawing
+        super().__init__(backend, batch, there.ids)
+        self._there, self._drawing = there, drawing
 
     def embed(self, table: CudaLinear, token_ids: NDArray[np.int32], scale: float) -> Any:
         """As the backend's, of ids of which the device has drawn some."""
-        self._drawing.draws.newest_ids(self._given, self.ids)
-        return super().embed(table, token_ids, scale)
+        self.check_ids(table, token_ids)
+        return self.backend.embed_there(table, self.ids, scale, self._drawing.draws.newest)
 
     def logits(self, x: Any, head: CudaLinear, rows: NDArray[np.int32]) -> Any:
-        """Draws; gives the tokens, on the device."""
-        drawing = self._drawing
-        logits, tokens = drawing.logits[: len(rows)], drawing.tokens[: len(rows)]
+        """Draws; gives nothing, for the tokens come to the host in turn."""
+        drawing, there = self._drawing, self._there
+        logits = drawing.logits[: len(rows)]
         self.backend.logits_into(x, head, logits)
-        drawing.draws.draw(logits, self._places, self.batch.lengths, tokens)
-        return tokens
+        drawing.draws.draw(logits, there.places, there.lengths, drawing.tokens.ctypes.data, there.answer)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.activation import gated
 from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, TILE_ROWS, UNIT_COLUMNS, CodedMatrix, Form
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
+from kvrelay_kernels.interface import Activation
 from kvrelay_kernels.quant.formats import Element
 
 MOST_ROWS = 64
@@ -29,7 +31,15 @@ class FewRowsShape:
     """Units of 64 columns that a warp has asked for ahead."""
     blocks_per_sm: int
 
-    def key(self, form: Form, ragged: bool, element: Element, float_out: bool, arch: str) -> KernelKey:
+    def key(
+        self,
+        form: Form,
+        ragged: bool,
+        element: Element,
+        float_out: bool,
+        arch: str,
+        activation: Activation | None = None,
+    ) -> KernelKey:
         """The kernel for a form of weight; `ragged`: 64 does not divide its columns."""
         constants = form.constants | {
             "TILES": self.tiles,
@@ -39,6 +49,7 @@ class FewRowsShape:
             "RAGGED": ragged,
             "BFLOAT": element == "bfloat16",
             "FLOAT_OUT": float_out,
+            "GATED": gated(activation),
         }
         return KernelKey.of("few_rows", constants, arch)
 
@@ -71,13 +82,17 @@ class FewRows:
         arch = device_arch()
 
         @cache
-        def kernel(form: Form, ragged: bool, float_out: bool, columns: int) -> tuple[Any, FewRowsShape]:
+        def kernel(
+            form: Form, ragged: bool, float_out: bool, columns: int, activation: Activation | None
+        ) -> tuple[Any, FewRowsShape]:
             shape = few_rows_shape(form, columns)
-            return kernels.load(shape.key(form, ragged, element, float_out, arch), 0), shape
+            return kernels.load(shape.key(form, ragged, element, float_out, arch, activation), 0), shape
 
         self._kernel = kernel
 
-    def __call__(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
+    def __call__(
+        self, x: Any, weight: Any, bias: Any, out: Any, activation: Activation | None = None
+    ) -> None:
         """Write `x @ weight.T (+ bias)` to `out`.
 
         Args:
@@ -85,21 +100,25 @@ class FewRows:
             weight: a `CodedMatrix`, or uint16 `[n, k]` with k a multiple of 8.
             bias: `[n]` uint16, or None.
             out: `[rows, n]`, uint16 for elements or float32.
+            activation: of a gated weight (`gated_order`), on sums in float32; then out is `[rows, n / 2]`,
+                `activation(gate) * up`.
         """
         for start in range(0, len(x), MOST_ROWS):
-            self._launch(x[start : start + MOST_ROWS], weight, bias, out[start : start + MOST_ROWS])
+            end = start + MOST_ROWS
+            self._launch(x[start:end], weight, bias, out[start:end], activation)
 
-    def load(self, weight: Any, float_out: bool, rows: int) -> None:
+    def load(self, weight: Any, float_out: bool, rows: int, activation: Activation | None = None) -> None:
         """Have the kernels for 1 up to `rows` rows compiled."""
         for columns in COLUMNS:
-            self._kernel(_form(weight), _ragged(weight), float_out, columns)
+            self._kernel(_form(weight), _ragged(weight), float_out, columns, activation)
             if 8 * columns >= rows:
                 return
 
-    def _launch(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
+    def _launch(self, x: Any, weight: Any, bias: Any, out: Any, activation: Activation | None) -> None:
         n, k = weight.shape
         columns = next(columns for columns in COLUMNS if 8 * columns >= len(x))
-        kernel, shape = self._kernel(_form(weight), _ragged(weight), out.dtype == np.float32, columns)
+        floats = out.dtype == np.float32
+        kernel, shape = self._kernel(_form(weight), _ragged(weight), floats, columns, activation)
         coded = isinstance(weight, CodedMatrix)
         data, factors, unit = (weight.codes, weight.factors, weight.unit) if coded else (weight, 0, 1)
         sizes = map(np.int32, (len(x), n, k, NIBBLES))

@@ -15,8 +15,10 @@ from kvrelay_kernels.cuda.expand_matrix import ExpandMatrix
 from kvrelay_kernels.cuda.few_rows import FewRows
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.stream_codes import StreamCodes
+from kvrelay_kernels.cuda.stream_integers import StreamIntegers
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE, StreamRows
 from kvrelay_kernels.errors import FormatUnsupported, KernelError
+from kvrelay_kernels.interface import Activation
 from kvrelay_kernels.plans import DeviceClass, GraphKey, PlanCache, PlanCounts, PlanStore, TensorKey
 from kvrelay_kernels.quant.formats import Element
 
@@ -73,14 +75,15 @@ def row_bucket(rows: int) -> int:
 class Products:
     """`x @ weight.T (+ bias)`, sums in float32, on one stream at a time.
 
-    There are two kinds of products, which differ in the last bits; the bits of a row depend on its kind, but
+    There are kinds of products, which differ in the last bits; the bits of a row depend on its kind, but
     not on how many there are. Rows of prompts go by cuBLASLt: no algorithm cuts a sum into parts, and one is
     taken only if it gives the same bits as all others on random numbers. So a prompt's activations are the
     same in whichever chunks it is read. A matrix of codes is rounded to 16 bits for them, in scratch, which
     stays as large as the largest matrix that was.
 
     All other rows go by `StreamCodes` and, where the engine can copy the weight's rows, `StreamRows` on
-    Hopper, elsewhere by `FewRows` if the weight is one of codes; otherwise as those of prompts.
+    Hopper, elsewhere by `FewRows` if the weight is one of codes; otherwise as those of prompts. Products
+    of up to 4 rows with integer codes on Hopper are a kind of their own, that of `StreamIntegers`.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Products:
         processors = device.processors or 1
         hopper = device_arch() == ARCHITECTURE
         self._codes = (StreamCodes if hopper else FewRows)(element, kernels, processors)
+        self._integers = StreamIntegers(element, kernels, processors) if hopper else None
         self._streams = StreamRows(element, kernels, processors) if hopper else None
         self._expand = ExpandMatrix(element, kernels)
         self._scratch = cupy.empty(0, np.uint16)
@@ -113,18 +117,27 @@ class Products:
         """How the choices were come by."""
         return self._plans.counts
 
-    def __call__(self, x: Any, linear: CudaLinear, out: Any, prompts: bool) -> None:
-        """Write the product of `x` `[m, k]`, rows of prompts or not, to `out` `[m, n]`: uint16 or float32."""
+    def gates(self, linear: CudaLinear, prompts: bool) -> bool:
+        """Whether the product with a gated matrix takes its activation on the way to memory."""
+        streams = self._streams is not None and self._streams.takes(linear.weight)
+        return not prompts and (linear.coded or streams)
+
+    def __call__(
+        self, x: Any, linear: CudaLinear, out: Any, prompts: bool, activation: Activation | None = None
+    ) -> None:
+        """Write the product of `x` `[m, k]`, rows of prompts or not, to `out` `[m, n]`: uint16 or float32.
+
+        With an `activation`, where it `gates`, `activation(gate) * up` of sums in float32: `[m, n / 2]`.
+        """
         import cupy  # pyright: ignore[reportMissingImports]
 
         floats = out.dtype == np.float32
         if linear.coded and not prompts:
-            self._codes.load(linear.weight, floats, self._expected[floats])
-            self._codes(x, linear.weight, linear.bias, out)
+            self._multiply_codes(x, linear, out, activation)
             return
         if not prompts and self._streams is not None and self._streams.takes(linear.weight):
-            self._streams.load(linear.weight, floats, self._expected[floats])
-            self._streams(x, linear.weight, linear.bias, out)
+            self._streams.load(linear.weight, floats, self._expected[floats], activation)
+            self._streams(x, linear.weight, linear.bias, out, activation)
             return
         if linear.coded:
             linear = CudaLinear(self._expanded(linear.weight), linear.bias)
@@ -135,6 +148,18 @@ class Products:
             algorithm, x.data.ptr, linear.weight.data.ptr, bias, out.data.ptr, len(x),
             self._workspace, cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
+
+    def _multiply_codes(self, x: Any, linear: CudaLinear, out: Any, activation: Activation | None) -> None:
+        """The product of rows that are no prompts with a matrix of codes."""
+        weight, floats = linear.weight, out.dtype == np.float32
+        rows = self._expected[floats]
+        self._codes.load(weight, floats, rows, activation)
+        product: Any = self._codes
+        if self._integers is not None:
+            self._integers.load(weight, floats, rows, activation)
+            if self._integers.takes(weight, len(x)):
+                product = self._integers
+        product(x, weight, linear.bias, out, activation)
 
     def expect(self, rows: int, logit_rows: int) -> None:
         """Have the algorithms of a shape, when it is first met, chosen for up to so many rows at once."""

@@ -12,9 +12,12 @@ on stream capture takes that down as it is. Kernels with these two calls (`sourc
 - What the wait makes visible is read by plain loads, asynchronous copies or bulk copies, never by `__ldg` or
   `load_once`: the compiler may put those ahead of the wait, and the cache behind them is not emptied by it.
 - Before the wait nothing may be read but what no kernel of a step writes: weights (loading ends when they are
-  written) and tables of angles, by any load; and what a copy from the host brought, by bulk copies or
-  `load_fresh` alone (the first-level cache may still hold what lay there a step ago). Kernels wait for copies
-  whole, so that with a copy between two steps the second's kernels may also read what the first has left.
+  written) and tables of angles, by any load; and what the host told of the step, by bulk copies or
+  `load_fresh` alone (the first-level cache may still hold what lay there a step ago). It is brought by a
+  copy, or written by `step_rows`, launched plainly ahead of the step's graph. Kernels wait for copies whole,
+  and graphs for all ahead of them, so that the second of two steps may also read what the first has left.
+- Memory of the host is written at the end of a step (`draw`), and never read by kernels. The host reads it
+  once an event behind the step is done, when all that kernels have written to pinned memory is visible.
 - `release_dependents()` comes first of all: it only lets the next kernel in, and makes nothing visible. The
   next one's thread blocks take room only once all of this one's have begun.
 
@@ -74,9 +77,13 @@ class Kernel:
 
     def __init__(self, function: Any, overlaps: bool) -> None:
         """`function` is a `cupy.cuda.function.Function`; `overlaps`: it waits for its producers itself."""
+        from cupy.cuda import get_current_stream  # pyright: ignore[reportMissingImports]
+
         self._function = function
+        self._handle = ctypes.c_void_p(function.ptr)
         self.overlaps = overlaps
         self._launch = driver_library().cuLaunchKernelEx
+        self._current_stream: Any = get_current_stream
 
     @property
     def ptr(self) -> int:
@@ -97,16 +104,16 @@ class Kernel:
         Raises:
             KernelError: the driver refused; the message holds its code.
         """
-        from cupy.cuda import get_current_stream, runtime  # pyright: ignore[reportMissingImports]
-
         if 0 in grid:
             return
-        stream = get_current_stream().ptr
+        stream = self._current_stream().ptr
         config = launch_config(grid, block, shared_mem, stream, _OVERLAP, self.overlaps)
         parameters = (ctypes.c_char_p * len(args))(*map(parameter_bytes, args))
-        call = config, ctypes.c_void_p(self.ptr), parameters, None
+        call = config, self._handle, parameters, None
         code = self._launch(*call)
         if code == _INVALID_CONTEXT:
+            from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
+
             runtime.free(0)  # a thread has no context before its first call of the runtime
             code = self._launch(*call)
         if code:

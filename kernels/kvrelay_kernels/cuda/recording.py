@@ -1,6 +1,6 @@
 """A decode step taken down once as a CUDA graph, and launched again and again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.arena import CudaArena
-from kvrelay_kernels.cuda.batch import DeviceBatch, Singles, room, slots_of
+from kvrelay_kernels.cuda.batch import DeviceBatch, Singles
 from kvrelay_kernels.cuda.gemm import CudaLinear
-from kvrelay_kernels.interface import AttentionSpec, Logits, RopeTable, Step, StepBatch
+from kvrelay_kernels.cuda.step_rows import StepRows
+from kvrelay_kernels.interface import NOWHERE, AttentionSpec, Logits, RopeTable, Step, StepBatch
 
 if TYPE_CHECKING:
     from kvrelay_kernels.cuda.backend import CudaBackend
@@ -37,17 +38,18 @@ class Recording:
         self._backend.stream.use()
         self._arena.settle(self._backend.stream)
         width = table_width(batch.block_tables.shape[1])
-        arrays = step_arrays(batch, width)
         if width not in self._takes:
-            self._takes[width] = Take(self._backend, self._step, batch, arrays, self._stand_in)
+            there = self._backend.new_step_rows(batch.rows, width)
+            self._takes[width] = Take(self._backend, self._step, batch, there, self._stand_in)
         take = self._takes[width]
         take.check_ids(batch.token_ids)
-        take.launch(arrays)
+        take.there.tell(batch, nowhere(batch.rows))
+        take.launch()
         self._backend.stream.synchronize()
         return take.result
 
-    def _stand_in(self, batch: DeviceBatch, ids: Any) -> "StandIn":
-        return StandIn(self._backend, batch, ids)
+    def _stand_in(self, batch: DeviceBatch, there: StepRows) -> "StandIn":
+        return StandIn(self._backend, batch, there.ids)
 
 
 def table_width(blocks: int) -> int:
@@ -55,30 +57,15 @@ def table_width(blocks: int) -> int:
     return max(NARROWEST, 1 << (blocks - 1).bit_length())
 
 
-def step_arrays(batch: StepBatch, width: int, rows: int | None = None) -> list[NDArray[np.int32]]:
-    """What changes between launches: ids, positions, slots, row starts, lengths and tables of a `plain` step.
-
-    Tables become `width` blocks wide. Rows are filled up to `rows` with ones that are nobody's: without a
-    slot (-1) and without keys.
-    """
-    rows = batch.rows if rows is None else rows
-    tables = np.zeros((rows, width), np.int32)
-    tables[: batch.rows, : batch.block_tables.shape[1]] = batch.block_tables
-    return [
-        filled(batch.token_ids, rows),
-        filled(batch.positions, rows),
-        filled(slots_of(batch), rows, -1),
-        np.arange(rows + 1, dtype=np.int32),
-        filled(batch.lengths, rows),
-        tables,
-    ]
+def nowhere(rows: int) -> NDArray[np.int32]:
+    """Places of rows that the device draws nothing for."""
+    return np.full(rows, NOWHERE, np.int32)
 
 
-def filled(array: NDArray[np.int32], count: int, value: int = 0) -> NDArray[np.int32]:
-    """The array, and `value` from there on up to `count` elements."""
-    whole = np.full(count, value, np.int32)
-    whole[: len(array)] = array
-    return whole
+def shape_of(rows: int, width: int) -> StepBatch:
+    """What the host is told of a step that is taken down: nothing but its shape."""
+    zeros, every = np.zeros(rows, np.int32), np.arange(rows + 1, dtype=np.int32)
+    return StepBatch(zeros, zeros, every, zeros, np.zeros((rows, width), np.int32), every[:-1])
 
 
 class Take:
@@ -89,28 +76,33 @@ class Take:
         backend: "CudaBackend",
         step: Step,
         batch: StepBatch,
-        arrays: Sequence[NDArray[np.int32]],
-        stand_in: Callable[..., "StandIn"],
+        there: StepRows,
+        stand_in: Callable[[DeviceBatch, StepRows], "StandIn"],
     ) -> None:
-        """`arrays` are those of `step_arrays`, and what else `stand_in` takes behind a batch and its ids."""
+        """What runs before the first launch is `batch`, but for its tokens, and draws for nobody."""
         import cupy  # pyright: ignore[reportMissingImports]
 
         self._backend = backend
-        self._memory = cupy.empty(sum(map(room, arrays)), np.int32)
-        there = backend.uploads.send(arrays, self._memory)
-        ids, positions, slots, starts, lengths, tables, *more = there
-        singles = Singles(None, lengths, tables, batch.sequences)
-        taker = stand_in(DeviceBatch(batch, positions, slots, starts, lengths, tables, singles), ids, *more)
-        step(taker, batch)
+        self.there = there
+        there.tell(replace(batch, token_ids=np.zeros_like(batch.token_ids)), nowhere(batch.rows))
+        shape = shape_of(*there.tables.shape)
+        singles = Singles(None, there.lengths, there.tables, shape.sequences)
+        taker = stand_in(
+            DeviceBatch(
+                shape, there.positions, there.slots, there.row_starts, there.lengths, there.tables, singles
+            ),
+            there,
+        )
+        step(taker, shape)
         # What a graph works in is given to other graphs alone: they write before they read.
         with cupy.cuda.using_allocator(backend.recorded.malloc):
             taker.again()
-            step(taker, batch)
+            step(taker, shape)
             backend.stream.synchronize()
             taker.again()
             backend.stream.begin_capture()
             try:
-                self.result: Any = step(taker, batch)
+                self.result: Any = step(taker, shape)
             finally:
                 self._graph = backend.stream.end_capture()
         self._table = taker.table
@@ -120,9 +112,8 @@ class Take:
         if self._table is not None:
             self._table.check_rows(token_ids)
 
-    def launch(self, arrays: Sequence[NDArray[np.int32]]) -> None:
-        """Upload a step's arrays and launch, without waiting; `result` is what the step gave once."""
-        self._backend.uploads.fill(self._memory, arrays)
+    def launch(self) -> None:
+        """Take the step that `there` was told of, without waiting; `result` is what the step gave once."""
         self._graph.launch(self._backend.stream)
 
 
@@ -136,7 +127,7 @@ class StandIn:
         self._host: Logits | None = None
         self.table: CudaLinear | None = None
         self.rms_norm, self.add_rms_norm = backend.rms_norm, backend.add_rms_norm
-        self.linear, self.gate = backend.linear, backend.gate
+        self.linear, self.gated_linear = backend.linear, backend.gated_linear
 
     def again(self) -> None:
         """Begin the same step anew: what is planned once a step has to be planned again."""
@@ -144,9 +135,13 @@ class StandIn:
 
     def embed(self, table: CudaLinear, token_ids: NDArray[np.int32], scale: float) -> Any:
         """As the backend's, of the ids that lie on the device."""
+        self.check_ids(table, token_ids)
+        return self.backend.embed_there(table, self.ids, scale)
+
+    def check_ids(self, table: CudaLinear, token_ids: NDArray[np.int32]) -> None:
+        """Raises IndexError for an id outside the table, which later steps' are looked up in as well."""
         table.check_rows(token_ids)
         self.table = table
-        return self.backend.embed_there(table, self.ids, scale)
 
     def rope_append(
         self, qkv: Any, batch: StepBatch, arena: CudaArena, layer: int, spec: AttentionSpec, rope: RopeTable,

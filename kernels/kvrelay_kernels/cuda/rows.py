@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.activation import gated
 from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, CodedMatrix, Form
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.errors import FormatUnsupported
@@ -59,7 +60,7 @@ def embed_key(form: Form, element: Element, arch: str) -> KernelKey:
 
 def gate_key(activation: Activation, element: Element, arch: str) -> KernelKey:
     """The kernel of one activation."""
-    constants = {"GELU": activation == "gelu_tanh", "BFLOAT": element == "bfloat16"}
+    constants = {"GATED": gated(activation), "BFLOAT": element == "bfloat16"}
     return KernelKey.of("gate", constants, arch)
 
 
@@ -91,15 +92,19 @@ class RowKernels:
 
         self._load, self._norm, self._arch = load, norm, arch
 
-    def embed(self, table: Any, ids: Any, scale: float, out: Any) -> None:
-        """`out[i] = table[ids[i]] * scale`: uint16 `[n, width]`, or codes -> float32 `[rows, width]`."""
+    def embed(self, table: Any, ids: Any, scale: float, out: Any, newest: Any = None) -> None:
+        """`out[i] = table[ids[i]] * scale`: uint16 `[n, width]`, or codes -> float32 `[rows, width]`.
+
+        In place of an id may stand ~place: the one that `newest` has there.
+        """
         coded = isinstance(table, CodedMatrix)
         kernel = self._load(embed_key(table.form if coded else ELEMENTS, self._element, self._arch))
         width = out.shape[1]
         threads = min(512, -(-width // 128) * 32)
         data = (table.codes, table.factors) if coded else (table, 0)
         unit = table.unit if coded else 1
-        kernel((len(out),), (threads,), (*data, ids, np.float32(scale * unit), np.int32(width), out))
+        sources = *data, ids, 0 if newest is None else newest
+        kernel((len(out),), (threads,), (*sources, np.float32(scale * unit), np.int32(width), out))
 
     def norm(self, x: Any, weight: Any, eps: float, out: Any, y: Any = None, total: Any = None) -> None:
         """RMS norm of `x`, or of `x + y`, which goes to `total` then; float32 `x` is a residual stream."""
@@ -111,7 +116,10 @@ class RowKernels:
         )  # fmt: skip
 
     def gate(self, gate_up: Any, activation: Activation, out: Any) -> None:
-        """`activation(left half) * right half`: uint16 `[rows, 2 * width]` -> `[rows, width]`."""
+        """`activation(gate) * up`: uint16 `[rows, 2 * width]` -> `[rows, width]`.
+
+        `gate_up` is the product with a gated matrix (`gated_order`): 8 columns of each by turns.
+        """
         kernel = self._load(gate_key(activation, self._element, self._arch))
         rows, width = out.shape
         blocks = -(-width // (8 * GATE_THREADS))

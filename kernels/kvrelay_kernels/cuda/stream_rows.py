@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from kvrelay_kernels.cuda.activation import gated
+from kvrelay_kernels.cuda.coded_matrix import TILE_ROWS
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey
 from kvrelay_kernels.cuda.tensor_map import ROW_BYTES, matrix_map
+from kvrelay_kernels.interface import Activation
 from kvrelay_kernels.quant.formats import Element
 
 ARCHITECTURE = "sm_90a"
@@ -21,7 +24,7 @@ GROUP_ROWS = 64
 """Of the weight, that a warpgroup multiplies."""
 MOST_TILE_ROWS = 128
 UNIT_ROWS = 8
-"""Tiles are multiples of so many rows, as the copy engine swizzles them."""
+"""Tiles are multiples of so many rows, as the copy engine swizzles them; of gated weights, of `TILE_ROWS`."""
 RING_BYTES = 184 << 10
 """Of shared memory; what is left serves the small kernels that run beside."""
 PLACE_BYTES = 20 << 10
@@ -66,7 +69,13 @@ class StreamShape:
     def _stage_bytes(self) -> int:
         return self.panels * (self.tile_rows + self.columns) * ROW_BYTES
 
-    def key(self, element: Element, float_out: bool, arch: str = ARCHITECTURE) -> KernelKey:
+    def key(
+        self,
+        element: Element,
+        float_out: bool,
+        arch: str = ARCHITECTURE,
+        activation: Activation | None = None,
+    ) -> KernelKey:
         """The kernel."""
         constants = {
             "TILE_ROWS": self.tile_rows,
@@ -76,6 +85,7 @@ class StreamShape:
             "CONTROL_BYTES": CONTROL_BYTES,
             "BFLOAT": element == "bfloat16",
             "FLOAT_OUT": float_out,
+            "GATED": gated(activation),
         }
         return KernelKey.of("stream_rows", constants, arch)
 
@@ -85,11 +95,11 @@ class StreamShape:
         return -(-tiles // -(-tiles // processors))
 
 
-def stream_shape(n: int, columns: int, processors: int) -> StreamShape:
+def stream_shape(n: int, columns: int, processors: int, unit_rows: int = UNIT_ROWS) -> StreamShape:
     """The choice for `n` weight rows: each multiprocessor has its share, in as few tiles as may be."""
     share = -(-n // processors)
     tiles = -(-share // MOST_TILE_ROWS)
-    tile_rows = -(-share // (tiles * UNIT_ROWS)) * UNIT_ROWS
+    tile_rows = -(-share // (tiles * unit_rows)) * unit_rows
     panels = max(1, PLACE_BYTES // ((tile_rows + columns) * ROW_BYTES))
     return StreamShape(tile_rows, columns, panels)
 
@@ -105,22 +115,28 @@ class StreamRows:
         element: Element,
         kernels: KernelCache,
         processors: int,
-        shape_of: Callable[[int, int, int], StreamShape] = stream_shape,
+        shape_of: Callable[[int, int, int, int], StreamShape] = stream_shape,
     ) -> None:
         """`processors` of the device share the work."""
-        self._processors, self._shape_of = processors, cache(shape_of)
 
         @cache
-        def kernel(shape: StreamShape, float_out: bool) -> Any:
-            return kernels.load(shape.key(element, float_out), shape.shared_bytes)
+        def shape(n: int, columns: int, whole_tiles: bool) -> StreamShape:
+            return shape_of(n, columns, processors, TILE_ROWS if whole_tiles else UNIT_ROWS)
 
-        self._kernel = kernel
+        @cache
+        def kernel(shape: StreamShape, float_out: bool, activation: Activation | None) -> Any:
+            key = shape.key(element, float_out, activation=activation)
+            return kernels.load(key, shape.shared_bytes)
+
+        self._processors, self._shape, self._kernel = processors, shape, kernel
 
     def takes(self, weight: Any) -> bool:
         """Whether it multiplies with a weight, uint16 `[n, k]`: rows must be multiples of 16 bytes."""
         return weight.shape[1] % 8 == 0
 
-    def __call__(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
+    def __call__(
+        self, x: Any, weight: Any, bias: Any, out: Any, activation: Activation | None = None
+    ) -> None:
         """Write `x @ weight.T (+ bias)` to `out`.
 
         Args:
@@ -128,25 +144,29 @@ class StreamRows:
             weight: one that it `takes`.
             bias: `[n]` uint16, or None.
             out: `[rows, n]`, uint16 for elements or float32.
+            activation: of a gated weight (`gated_order`), on sums in float32; then out is `[rows, n / 2]`,
+                `activation(gate) * up`.
 
         Raises:
             KernelError: the driver refused; the message holds its code.
         """
         for start in range(0, len(x), MOST_ROWS):
-            self._launch(x[start : start + MOST_ROWS], weight, bias, out[start : start + MOST_ROWS])
+            end = start + MOST_ROWS
+            self._launch(x[start:end], weight, bias, out[start:end], activation)
 
-    def load(self, weight: Any, float_out: bool, rows: int) -> None:
+    def load(self, weight: Any, float_out: bool, rows: int, activation: Activation | None = None) -> None:
         """Have the kernels for 1 up to `rows` rows compiled."""
         for columns in COLUMNS:
-            self._kernel(self._shape_of(weight.shape[0], columns, self._processors), float_out)
+            shape = self._shape(weight.shape[0], columns, activation is not None)
+            self._kernel(shape, float_out, activation)
             if columns >= rows:
                 return
 
-    def _launch(self, x: Any, weight: Any, bias: Any, out: Any) -> None:
+    def _launch(self, x: Any, weight: Any, bias: Any, out: Any, activation: Activation | None) -> None:
         n, k = weight.shape
         columns = next(columns for columns in COLUMNS if columns >= len(x))
-        shape = self._shape_of(n, columns, self._processors)
-        kernel = self._kernel(shape, out.dtype == np.float32)
+        shape = self._shape(n, columns, activation is not None)
+        kernel = self._kernel(shape, out.dtype == np.float32, activation)
         args = (
             matrix_map(x, columns), matrix_map(weight, shape.tile_rows), 0 if bias is None else bias, out,
             *map(np.int32, (len(x), n, k)),

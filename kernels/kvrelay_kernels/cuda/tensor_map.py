@@ -20,6 +20,7 @@ MATRICES = 4096
 
 _UINT8, _UINT16, _UINT64, _NO_INTERLEAVE, _ZERO_FILL = 0, 1, 4, 0, 0
 _PROMOTE_128B, _PROMOTE_256B = 2, 3
+"""What the second-level cache asks for at once: no more than a box has in a row (docs/kernels.md)."""
 _NOT_SWIZZLED, _SWIZZLE_128B = 0, 3
 
 
@@ -47,7 +48,8 @@ def block_map(address: int, blocks: int, block_bytes: int, shape: tuple[int, int
     kv_heads, tokens, head_dim = shape
     strides = (2 * head_dim, 2 * head_dim * tokens, block_bytes)
     box = (ROW_BYTES // 2, tokens, 1, 1)
-    return _encode(_UINT16, address, (head_dim, tokens, kv_heads, blocks), strides, box)
+    sizes = (head_dim, tokens, kv_heads, blocks)
+    return _encode(_UINT16, address, sizes, strides, box, _PROMOTE_256B)  # the next box has the other half
 
 
 def matrix_map(matrix: Any, box_rows: int) -> np.void:
@@ -65,43 +67,53 @@ def matrix_map(matrix: Any, box_rows: int) -> np.void:
     return _matrix_map(matrix.data.ptr, rows, columns, box_rows)
 
 
-def planes_map(array: Any, box: tuple[int, int]) -> np.void:
+def planes_map(array: Any, box: tuple[int, int], parts: int = 1) -> np.void:
     """A tensor map, itself a kernel's parameter, of bytes in three dimensions, not swizzled.
 
     Args:
         array: `[planes, rows, ...]` on the device; what lies behind is at most 2048 bytes, and a multiple of
             16. Outside of it, boxes are zeros.
         box: its planes and rows, at most 256 each.
+        parts: of what lies behind; a box has one of them, a multiple of 16 bytes.
 
     Raises:
         KernelError: the driver refused; the message holds its code.
     """
     planes, rows = array.shape[:2]
-    return _planes_map(array.data.ptr, planes, rows, array.nbytes // (planes * rows), box)
+    return _planes_map(array.data.ptr, planes, rows, array.nbytes // (planes * rows), box, parts)
 
 
 @lru_cache(MATRICES)
-def _planes_map(address: int, planes: int, rows: int, width: int, box: tuple[int, int]) -> np.void:
+def _planes_map(
+    address: int, planes: int, rows: int, width: int, box: tuple[int, int], parts: int
+) -> np.void:
     sizes, strides = (width // 8, rows, planes), (width, width * rows)
-    return np.void(_describe(_UINT64, address, sizes, strides, (width // 8, box[1], box[0]), _NOT_SWIZZLED))
+    whole = (width // (8 * parts), box[1], box[0])
+    return np.void(_describe(_UINT64, address, sizes, strides, whole, _NOT_SWIZZLED))
 
 
 @lru_cache(MATRICES)
 def _matrix_map(address: int, rows: int, columns: int, box_rows: int) -> np.void:
     box = (ROW_BYTES // 2, box_rows)
     sizes, strides = (columns, rows), (2 * columns,)
-    return np.void(_describe(_UINT16, address, sizes, strides, box, promotion=_PROMOTE_128B))
+    return np.void(_describe(_UINT16, address, sizes, strides, box))
 
 
 def _encode(
-    kind: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    kind: int,
+    address: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    promotion: int = _PROMOTE_128B,
 ) -> Any:
     """A map on the device; zeros where there is no copy engine, and no kernel that reads this."""
     import cupy  # pyright: ignore[reportMissingImports]
 
     if int(cupy.cuda.Device().compute_capability) < OLDEST_CAPABILITY:
         return cupy.zeros(MAP_BYTES, np.uint8)
-    return cupy.asarray(np.frombuffer(_describe(kind, address, sizes, strides, box), np.uint8))
+    described = _describe(kind, address, sizes, strides, box, promotion=promotion)
+    return cupy.asarray(np.frombuffer(described, np.uint8))
 
 
 def _describe(
@@ -111,7 +123,7 @@ def _describe(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int = _SWIZZLE_128B,
-    promotion: int = _PROMOTE_256B,
+    promotion: int = _PROMOTE_128B,
 ) -> bytes:
     """Have the driver describe an array; `promotion`: what the second-level cache asks for at once.
 

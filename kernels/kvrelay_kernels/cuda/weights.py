@@ -7,14 +7,20 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrelay_kernels.cuda.coded_matrix import CodedMatrix, pack_codes
+from kvrelay_kernels.cuda.coded_matrix import TILE_ROWS, CodedMatrix, gated_order, pack_codes
 from kvrelay_kernels.cuda.gemm import CudaLinear
 from kvrelay_kernels.cuda.module import KernelCache, KernelKey, device_arch
 from kvrelay_kernels.errors import FormatUnsupported
 from kvrelay_kernels.interface import HostWeight, WeightMode
-from kvrelay_kernels.quant import AffineWeight
+from kvrelay_kernels.quant import AffineWeight, CodedWeight, ScaledWeight
 from kvrelay_kernels.quant.formats import Element
-from kvrelay_kernels.quant.weights import MODE_BITS, as_codes, finest_group, quantize_weight
+from kvrelay_kernels.quant.weights import (
+    FLOAT_MODE,
+    MODE_BITS,
+    finest_group,
+    quantize_scaled,
+    quantize_weight,
+)
 
 ALIGNED = 8
 """Columns of a matrix are a multiple of it: 16 bytes."""
@@ -28,7 +34,7 @@ class WeightLoader:
     """Puts matrices on the device; codes and floats are packed, converted and rounded there.
 
     Codes stay codes wherever all parts have them, or get them by the mode, and kernels know their form. Parts
-    of several widths take the widest, which loses nothing. Parts of which some are floats become elements all
+    of several widths take the widest, which loses nothing. Parts of several kinds become elements all
     together, and so do codes in mode `float`: scale * code + bias in float32, rounded once.
     """
 
@@ -36,8 +42,14 @@ class WeightLoader:
         self._element: Element = element
         self._kernels = kernels
 
-    def matrix(self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None) -> CudaLinear:
-        """The parts, rows below each other, as one matrix.
+    def matrix(
+        self,
+        parts: Sequence[HostWeight],
+        mode: WeightMode,
+        bias: NDArray[Any] | None,
+        gated: bool = False,
+    ) -> CudaLinear:
+        """The parts, rows below each other, as one matrix; `gated`: of a gate and its `up`, in `gated_order`.
 
         Raises:
             FormatUnsupported: sizes that kernels cannot read, or columns that no group of codes divides.
@@ -48,30 +60,37 @@ class WeightLoader:
         n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
         if k % ALIGNED:
             raise FormatUnsupported(f"a matrix of {n} x {k}: on CUDA, columns are a multiple of {ALIGNED}")
-        weight: Any = self._coded(parts, mode)
+        order = None
+        if gated:
+            if parts[0].shape != parts[1].shape or n % TILE_ROWS:
+                raise FormatUnsupported(f"a gate and its `up` of {n} rows: on CUDA, {TILE_ROWS} divides them")
+            order = cupy.asarray(gated_order(n))
+        weight: Any = self._coded(parts, mode, order)
         if weight is None:
             weight = cupy.empty((n, k), np.uint16)
             row = 0
             for part in parts:
                 self._put(part, weight[row : row + part.shape[0]])
                 row += part.shape[0]
+            if order is not None:
+                weight = weight[order]
         offsets = None
         if bias is not None:
             offsets = cupy.empty(n, np.uint16)
             self._put(np.asarray(bias, np.float32), offsets)
         return CudaLinear(weight, offsets)
 
-    def _coded(self, parts: Sequence[HostWeight], mode: WeightMode) -> CodedMatrix | None:
+    def _coded(self, parts: Sequence[HostWeight], mode: WeightMode, order: Any) -> CodedMatrix | None:
         """The parts as one matrix of codes; None where they are to be elements."""
         import cupy  # pyright: ignore[reportMissingImports]
 
-        bits = MODE_BITS.get(mode)
-        kept = [isinstance(part, AffineWeight) and bits in (None, part.bits) for part in parts]
-        if mode == "float" or (bits is None and not all(kept)):
+        kept = [_has_codes(part, mode) for part in parts]
+        kinds = {type(part) for part in parts}
+        if mode == "float" or (mode == "auto" and not (all(kept) and len(kinds) == 1)):
             return None
-        coded = [_there(part) if bits is None else _as_codes(part, bits) for part in parts]
+        coded = [_coded_there(part, mode) for part in parts]
         # What a file has is kept to the last bit; what is rounded here may have its scales rounded too.
-        matrix = pack_codes(coded, rounded=not any(kept))
+        matrix = pack_codes(coded, rounded=not any(kept), order=order)
         del coded
         cupy.get_default_memory_pool().free_all_blocks()  # many times the codes, as floats
         return matrix
@@ -80,6 +99,8 @@ class WeightLoader:
         """Convert a matrix or a vector into `out`, uint16 of the same size."""
         import cupy  # pyright: ignore[reportMissingImports]
 
+        if isinstance(source, ScaledWeight):
+            source = _there(source).dequantize()
         if isinstance(source, AffineWeight):
             factors = [
                 cupy.ascontiguousarray(cupy.asarray(part), np.float32)
@@ -105,19 +126,36 @@ class WeightLoader:
         kernel((blocks,), (THREADS,), (source, *factors, np.int32(group), np.int64(out.size), out))
 
 
-def _there(part: Any) -> AffineWeight:
+def _has_codes(part: HostWeight, mode: WeightMode) -> bool:
+    """Whether a part comes in the codes that a mode has it in."""
+    if isinstance(part, ScaledWeight):
+        return mode in ("auto", FLOAT_MODE)
+    return isinstance(part, AffineWeight) and (mode == "auto" or MODE_BITS.get(mode) == part.bits)
+
+
+def _there(part: CodedWeight) -> CodedWeight:
     """Codes on the device."""
     import cupy  # pyright: ignore[reportMissingImports]
 
-    codes, scales, biases = map(cupy.asarray, (part.codes, part.scales, part.biases))
-    return AffineWeight(codes, scales, biases, part.bits)
+    put: Any = cupy.asarray
+    if isinstance(part, ScaledWeight):
+        return ScaledWeight(put(part.codes), put(part.scales), part.group)
+    return AffineWeight(put(part.codes), put(part.scales), put(part.biases), part.bits)
 
 
-def _as_codes(part: HostWeight, bits: int) -> AffineWeight:
-    """`as_codes` on the device, floats rounded there. Raises FormatUnsupported where no group fits."""
-    if isinstance(part, AffineWeight):
-        return _there(as_codes(part, bits))
-    return quantize_weight(_floats(part), bits, finest_group(part.shape[1]))
+def _coded_there(part: HostWeight, mode: WeightMode) -> CodedWeight:
+    """A part in the codes of a mode, on the device; floats are rounded there.
+
+    Raises FormatUnsupported where no group fits.
+    """
+    if isinstance(part, CodedWeight) and not _has_codes(part, mode):
+        part = part.dequantize()
+    if isinstance(part, CodedWeight):
+        return _there(part)
+    values = _floats(part)
+    if mode == FLOAT_MODE:
+        return quantize_scaled(values)
+    return quantize_weight(values, MODE_BITS[mode], finest_group(part.shape[1]))
 
 
 def _floats(part: NDArray[Any]) -> Any:

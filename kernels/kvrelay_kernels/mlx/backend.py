@@ -55,6 +55,10 @@ class MlxBackend:
         mx.eval([value for value in vars(linear).values() if isinstance(value, mx.array)])
         return linear
 
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> MlxLinear:
+        """See `Backend.load_gated`: the gate above its `up`."""
+        return self.load_linear([gate, up], mode)
+
     def load_array(self, values: NDArray[Any]) -> mx.array:
         """See `Backend.load_array`; float32, since these are what norms and rope multiply with."""
         return mx.array(np.asarray(values, np.float32))
@@ -82,9 +86,11 @@ class MlxBackend:
         """See `Backend.linear`."""
         return weight.apply(x)
 
-    def gate(self, gate_up: mx.array, activation: Activation) -> mx.array:
-        """See `Backend.gate`."""
-        left, right = mx.split(gate_up, 2, axis=-1)
+    def gated_linear(
+        self, x: mx.array, weight: MlxLinear, activation: Activation, batch: StepBatch | None = None
+    ) -> mx.array:
+        """See `Backend.gated_linear`; the products are rounded."""
+        left, right = mx.split(self.linear(x, weight, batch), 2, axis=-1)
         if activation == "silu":
             return left * mx.sigmoid(left) * right
         inner = math.sqrt(2 / math.pi) * (left + 0.044715 * left * left * left)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvrelay_kernels.interface import HostWeight, WeightMode
 from kvrelay_kernels.quant import AffineWeight
 from kvrelay_kernels.quant.affine import pack_codes
-from kvrelay_kernels.quant.weights import MODE_BITS, as_codes, concatenate
+from kvrelay_kernels.quant.weights import as_floats, concatenate, in_mode
 
 GROUPS, BITS = (32, 64), (4, 8)
 """Of codes that MLX multiplies with."""
@@ -67,14 +67,16 @@ def pack(
 ) -> MlxLinear:
     """Parts below each other; codes are kept where the mode allows and MLX knows their group.
 
+    It knows none of 8-bit floats: these become elements.
+
     Raises:
         FormatUnsupported: the mode calls for codes, but no group divides the columns.
     """
     host_bias = None if bias is None else mx.array(np.asarray(bias, np.float32)).astype(element)
-    affine = _affine(parts, mode)
+    parts = [in_mode(part, mode) for part in parts]
+    affine = _affine(parts)
     if affine is None:
-        dense = [part.dequantize() if isinstance(part, AffineWeight) else part for part in parts]
-        whole = np.concatenate([np.asarray(part, np.float32) for part in dense])
+        whole = np.concatenate([as_floats(part) for part in parts])
         return FloatLinear(mx.array(whole).astype(element), host_bias)
     return AffineLinear(
         mx.array(pack_codes(affine.codes, affine.bits)),
@@ -86,13 +88,10 @@ def pack(
     )
 
 
-def _affine(parts: Sequence[HostWeight], mode: WeightMode) -> AffineWeight | None:
-    """The parts as one matrix of codes; None where they are to be floats, or MLX has no such groups."""
-    if mode in MODE_BITS:
-        coded = [as_codes(part, MODE_BITS[mode]) for part in parts]
-    else:
-        coded = [part for part in parts if isinstance(part, AffineWeight)]
-    if mode == "float" or len(coded) < len(parts):
+def _affine(parts: Sequence[HostWeight]) -> AffineWeight | None:
+    """The parts as one matrix of codes; None where some have none, or MLX has no such groups."""
+    coded = [part for part in parts if isinstance(part, AffineWeight)]
+    if len(coded) < len(parts):
         return None
     whole = concatenate(coded)
     return whole if whole.group in GROUPS and whole.bits in BITS else None

@@ -59,8 +59,8 @@ def encode_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """
     size = np.minimum(np.abs(values), np.float32(E4M3_MAX))
     size = np.where(np.isnan(size), np.float32(0), size)
-    exponent = np.maximum(np.frexp(size)[1] - 1, E4M3_SMALLEST_EXPONENT)
-    step = np.ldexp(np.float32(1), exponent - 3)
+    exponent = np.maximum((size.view(np.int32) >> 23) - 127, E4M3_SMALLEST_EXPONENT)
+    step = ((exponent + (127 - 3)) << 23).view(np.float32)
     rounded = np.rint(size / step) * step
     # A float16 has one more bit of exponent and seven more of mantissa: all of its numbers, times 2^8.
     codes = ((rounded / np.float32(256)).astype(np.float16).view(np.uint16) >> 7).astype(np.uint8)

@@ -20,11 +20,11 @@ from kvrelay_kernels.interface import (
     WeightMode,
 )
 from kvrelay_kernels.plans import PlanCounts
-from kvrelay_kernels.quant import BLOCK_TOKENS, AffineWeight, BlockLayout
+from kvrelay_kernels.quant import BLOCK_TOKENS, BlockLayout
 from kvrelay_kernels.quant.codec import dequantize, quantize
 from kvrelay_kernels.quant.formats import Element
 from kvrelay_kernels.quant.rotation import rotate
-from kvrelay_kernels.quant.weights import MODE_BITS, as_codes
+from kvrelay_kernels.quant.weights import as_floats, in_mode
 
 Doubles = NDArray[np.float64]
 Matrix = tuple[Doubles, Doubles | None]
@@ -89,14 +89,13 @@ class ReferenceBackend:
         self, parts: Sequence[HostWeight], mode: WeightMode, bias: NDArray[Any] | None = None
     ) -> Matrix:
         """The float64 matrix, after the rounding that `mode` asks for."""
-        matrices = []
-        for part in parts:
-            rounded = as_codes(part, MODE_BITS[mode]) if mode in MODE_BITS else part
-            matrices.append(
-                rounded.dequantize() if isinstance(rounded, AffineWeight) else np.asarray(rounded)
-            )
-        whole = np.concatenate([np.asarray(matrix, np.float64) for matrix in matrices])
+        matrices = [as_floats(in_mode(part, mode)) for part in parts]
+        whole = np.concatenate(matrices).astype(np.float64)
         return whole, None if bias is None else np.asarray(bias, np.float64)
+
+    def load_gated(self, gate: HostWeight, up: HostWeight, mode: WeightMode) -> Matrix:
+        """The gate above its `up`."""
+        return self.load_linear([gate, up], mode)
 
     def load_array(self, values: NDArray[Any]) -> Doubles:
         """The values as float64."""
@@ -126,6 +125,12 @@ class ReferenceBackend:
         """`x @ weight.T (+ bias)`."""
         product = x @ weight[0].T
         return product if weight[1] is None else product + weight[1]
+
+    def gated_linear(
+        self, x: Doubles, weight: Matrix, activation: Activation, batch: StepBatch | None = None
+    ) -> Doubles:
+        """`activation(gate) * up` of the product with both."""
+        return self.gate(self.linear(x, weight), activation)
 
     def gate(self, gate_up: Doubles, activation: Activation) -> Doubles:
         """`activation(left half) * right half`."""

@@ -1,7 +1,8 @@
 // The threads of one thread block as fibers, for CUDA C++ as C++17 on an ordinary processor.
 //
-// Thread blocks run one behind the other, those of a cluster by turns (cluster.h). A fiber runs until it has to wait for
-// the others of its warp or of its thread block; what a warp does together, the last of its lanes to come does for all.
+// Thread blocks run one behind the other, those of a cluster or that wait for each other by turns (cluster.h). A fiber runs
+// until it has to wait for the others of its warp or of its thread block; what a warp does together, the last of its lanes
+// to come does for all.
 // Lanes that meet at different instructions, and a thread block in which nobody can get on, end the launch with a message.
 #pragma once
 #include <csetjmp>
@@ -40,7 +41,8 @@ constexpr int stack_bytes = 1 << 17;
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static Barrier block;
-static Barrier gate;  // at which this thread block waits for the others of its cluster
+static Barrier gate;    // at which this thread block waits for the others of its cluster
+static Barrier others;  // at which some of its threads wait for what others hand over
 static int current;
 static jmp_buf home;
 static const char* fault;
@@ -61,11 +63,11 @@ static int next_fiber() {
     return -1;
 }
 
-// Goes on with the fiber `next`; without one, the thread block has ended or waits for its cluster, whole.
+// Goes on with the fiber `next`; without one, the thread block has ended or waits for others.
 [[noreturn]] static void go_on(int next) {
     if (next < 0) {
         for (const Fiber& fiber : fibers)
-            if (!fiber.done && gate.arrived < int(fibers.size())) stop("a barrier that not all threads come to");
+            if (!fiber.done && others.arrived == 0 && gate.arrived < int(fibers.size())) stop("a barrier that not all threads come to");
         _longjmp(home, 1);
     }
     current = next, threadIdx.x = next;
@@ -121,7 +123,7 @@ static Found together(const Given& given, All all) {
 }
 
 static void prepare_block(int threads) {
-    fibers.resize(threads), warps.assign((threads + 31) / 32, {}), block = gate = {}, fault = nullptr;
+    fibers.resize(threads), warps.assign((threads + 31) / 32, {}), block = gate = others = {}, fault = nullptr;
     for (Fiber& fiber : fibers) {
         fiber.begun = fiber.done = false, fiber.waits = nullptr;
         if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
@@ -133,7 +135,7 @@ static void prepare_block(int threads) {
     }
 }
 
-// Runs every thread of one thread block to its end, or until all wait for the cluster; false where `fault` says why not.
+// Runs every thread of one thread block to its end, or until it waits for others; false where `fault` says why not.
 static bool run_block() {
     if (!_setjmp(home)) {
         current = 0, threadIdx = {0, 0, 0};

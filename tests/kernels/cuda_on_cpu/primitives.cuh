@@ -44,7 +44,6 @@ static T __ldg(const T* from) {
     return *from;
 }
 static float4 load_fresh(const float4* from) { return __ldg(from); }
-static float2 load_fresh(const float2* from) { return __ldg(from); }
 static int load_fresh(const int* from) { return __ldg(from); }
 static u32 load_fresh(const u32* from) { return __ldg(from); }
 static uint2 load_fresh(const uint2* from) { return __ldg(from); }
@@ -55,6 +54,21 @@ static T load_near(const T* from) {
 }
 static uint4 load_once(const uint4* from) { return __ldg(from); }
 static uint2 load_once(const uint2* from) { return __ldg(from); }
+// What thread blocks hand to each other. Who asks for what is not there gives way to the others.
+constexpr u32 absent = 0xffffffffu;
+static bool is_absent(const float* from) { return read_as<u32>(from) == absent; }
+static bool is_handed(const float4& v) { return !is_absent(&v.x) && !is_absent(&v.y) && !is_absent(&v.z) && !is_absent(&v.w); }
+static void hand_over(float4* to, float4 v) {
+    if (!is_absent(&to->x)) host::stop("a number handed over where another one still lies");
+    for (float* x : {&v.x, &v.y, &v.z, &v.w})
+        if (is_absent(x)) *x = NAN;
+    *to = v, host::handed++;
+}
+static float4 load_handed(const float4* from) {
+    if (!is_handed(*from)) host::others.arrived++, host::give_way(host::others);
+    return *from;
+}
+static void take_back(float4* from) { std::memset(from, 0xff, sizeof *from); }
 static u32 arrive(u32* counter, u32 limit) {
     const u32 old = *counter;
     *counter = old >= limit ? 0 : old + 1;
@@ -84,6 +98,8 @@ static float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0 : y;
 }
+
+static float inverse_fast(float x) { return 1 / x; }
 
 static u32 in_register(u32 x) { return x; }
 
@@ -130,8 +146,12 @@ static u32 fma_halves_relu(u32 a, u32 b, u32 c) {
     return halves(std::max(0.0, double(low_half(a)) * low_half(b) + low_half(c)),
                   std::max(0.0, double(high_half(a)) * high_half(b) + high_half(c)));
 }
+static u32 choose_bits(u32 a, u32 b, u32 mask) { return a & mask | b & ~mask; }
 static u32 multiply_halves(u32 a, u32 b) {
     return halves(double(low_half(a)) * low_half(b), double(high_half(a)) * high_half(b));
+}
+static u32 multiply_bfloats(u32 a, u32 b) {
+    return pack<true>(low_bfloat(a) * low_bfloat(b), high_bfloat(a) * high_bfloat(b));
 }
 
 static float not_a_number() { return NAN; }

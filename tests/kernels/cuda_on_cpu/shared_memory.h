@@ -82,7 +82,7 @@ struct MatrixMap {
 // The same of bytes in three dimensions.
 struct PlanesMap {
     const u8* bytes;
-    u64 planes, rows, width, box_planes, box_rows;
+    u64 planes, rows, width, box_planes, box_rows, box_width;
 };
 
 static void begin_shared(int threads) {
@@ -113,6 +113,10 @@ static void load_shared4(u32& a, u32& b, u32& c, u32& d, u32 address) {
 static u32 load_shared_half(u32 address) { return read_shared<u16>(address); }
 static u32 load_shared_byte(u32 address) { return read_shared<u8>(address); }
 static void store_shared(u32 address, u32 word) { std::memcpy(host::at_shared(address, 4, 4), &word, 4); }
+static void store_shared2(u32 address, u32 a, u32 b) {
+    const u32 words[2] = {a, b};
+    std::memcpy(host::at_shared(address, 8, 8), words, 8);
+}
 static void store_shared_byte(u32 address, u32 byte) { *host::at_shared(address, 1, 1) = byte; }
 static void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const u32 words[4] = {a, b, c, d};
@@ -172,14 +176,15 @@ static void copy_box(u32 to, const void* given, int column, int row, u32 barrier
     }
 }
 static void copy_box_once(u32 to, const void* map, int column, int row, u32 barrier) { copy_box(to, map, column, row, barrier); }
-static void copy_planes_once(u32 to, const void* given, int row, int plane, u32 barrier) {
+static void copy_planes_once(u32 to, const void* given, int row, int plane, u32 barrier, int column = 0) {
     static const u8 zeros[16] = {};
     const auto& map = *reinterpret_cast<const host::PlanesMap*>(given);
     if (to % 128) host::stop("a box begins at a misaligned address");
     for (u64 p = plane; p < plane + map.box_planes; p++)
         for (u64 r = row; r < row + map.box_rows; r++)
-            for (u32 n = 0; n < map.width; n += 16, to += 16) {
-                const u8* from = p < map.planes && r < map.rows ? map.bytes + (p * map.rows + r) * map.width + n : zeros;
+            for (u32 n = 8 * column; n < 8 * column + map.box_width; n += 16, to += 16) {
+                const bool inside = p < map.planes && r < map.rows && n < map.width;
+                const u8* from = inside ? map.bytes + (p * map.rows + r) * map.width + n : zeros;
                 host::bulk_barrier(barrier).bring({host::at_shared(to, 16, 16), from, 16});
             }
 }

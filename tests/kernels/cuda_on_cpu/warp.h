@@ -102,6 +102,31 @@ static void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 }  // namespace host
 
+// c += a * b: lane (g, t) has, of each 16 columns, bytes 4t to 4t + 3 of rows g and g + 8 of a and of column g of b.
+template <int sixteens>
+static void multiply_bytes(int (&c)[4], const u32 (&a)[2 * sixteens], const u32 (&b)[sixteens]) {
+    struct Operands {
+        u32 a[2 * sixteens], b[sixteens];
+        int c[4];
+    };
+    Operands mine;
+    std::memcpy(mine.a, a, sizeof a), std::memcpy(mine.b, b, sizeof b), std::memcpy(mine.c, c, sizeof c);
+    mine = host::together<Operands>(mine, [](const Operands* given, Operands* found) {
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) {
+                const int row = l / 4, upper = i / 2, column = l % 4 * 2 + i % 2;
+                int sum = given[l].c[i];
+                for (int n = 0; n < 16 * sixteens; n++) {
+                    const int t = n / 4 % 4, shift = n % 4 * 8;
+                    const int x = given[4 * row + t].a[n / 16 * 2 + upper] >> shift & 0xff;
+                    sum += x * int((signed char)(given[4 * column + t].b[n / 16] >> shift));
+                }
+                found[l].c[i] = sum;
+            }
+    });
+    std::memcpy(c, mine.c, sizeof c);
+}
+
 static void load_matrices(u32 (&r)[4], u32 row) { host::load<false>(r, row); }
 static void load_matrices(u32 (&r)[2], u32 row) { host::load<false>(r, row); }
 static void load_transposed(u32 (&r)[4], u32 row) { host::load<true>(r, row); }

@@ -47,30 +47,26 @@ struct Codes<Levels::steps, 4> {
 template <>
 struct Codes<Levels::steps, 6> : Codes<Levels::steps, 8> {};
 
-// A half has one bit of exponent more, and its exponents begin 8 lower.
 template <>
 struct Codes<Levels::e4m3, 8> {
     static constexpr int width = 8;
     static constexpr float units = e4m3_units, odd_units = units;
-    DEVICE void halves(u32 (&pair)[2], u32 word) const {
-        const u32 even = word << 8;
-        pair[0] = even & 0x80008000u | even >> 1 & 0x3f803f80u;
-        pair[1] = word & 0x80008000u | word >> 1 & 0x3f803f80u;
-    }
+    DEVICE void halves(u32 (&pair)[2], u32 word) const { e4m3_halves(pair, word); }
 };
 
-// Two exponent bits and one of mantissa where a half has its lowest two and its highest: exponents begin 14 lower.
+// Two exponent bits and one of mantissa where a half has its lowest two and its highest: exponents begin 14 lower. Left
+// shifts are no work for the pipe that all bits go through.
 template <>
 struct Codes<Levels::e2m1, 4> {
     static constexpr int width = 4;
     static constexpr float units = 16384.0f, odd_units = units;
     DEVICE void halves(u32 (&pair)[4], u32 word) const {
-        const u32 even = word << 4 & 0x80808080u | word << 1 & 0x0e0e0e0eu;  // high bytes of halves
-        const u32 odd = word & 0x80808080u | word >> 3 & 0x0e0e0e0eu;
-        pair[0] = permute_bytes(even, 0, 0x2404);
-        pair[1] = permute_bytes(odd, 0, 0x2404);
-        pair[2] = even & 0xff00ff00u;
-        pair[3] = odd & 0xff00ff00u;
+        const u32 even = choose_bits(word << 4, word << 1, 0x80808080u);  // high bytes of halves, before they are masked
+        const u32 odd = choose_bits(word, word >> 3, 0x80808080u);
+        pair[0] = even << 8 & 0x8e008e00u;
+        pair[1] = odd << 8 & 0x8e008e00u;
+        pair[2] = even & 0x8e008e00u;
+        pair[3] = odd & 0x8e008e00u;
     }
 };
 

@@ -13,9 +13,7 @@ struct Arguments {
     const int* tables;   // [sequences, table_stride]
     const Header* plan;  // what decode_plan wrote
     u16* out;            // as q
-    float* partials;     // [ranges + sequences * heads, tile_queries, head_dim]
-    float2* stats;       // [ranges + sequences * heads, tile_queries]: peak (log2), sum
-    u32* arrivals;       // [sequences * heads], zero between launches
+    float4* partials;    // [ranges, 2, side, tile_queries, head_dim / 2], `absent` between launches: two dimensions, peak (log2), sum
     int table_stride, ranges;
     float scale_log2;    // softmax scale * log2(e), times the unit of scores
     int window;          // 0: none
@@ -24,9 +22,12 @@ struct Arguments {
 // A piece in the terms of the kernel.
 struct Work {
     Piece piece;
-    int head, first_query, tiles;
+    int first_head, head;  // of those side by side; this warp's
+    int first_query, tiles;
 
-    DEVICE explicit Work(const Piece& p) : piece(p), head(p.head / query_tiles), first_query(p.head % query_tiles * query_tile) {
+    DEVICE explicit Work(const Piece& p)
+        : piece(p), first_head(p.head / query_tiles * side), head(first_head + threadIdx.x / 32 / team),
+          first_query(p.head % query_tiles * query_tile) {
         const int tokens = min(p.blocks * block_tokens, p.length - p.first_block * block_tokens);
         tiles = (tokens + tile - 1) / tile;
     }
@@ -35,7 +36,7 @@ struct Work {
 // Asynchronous copies of this warp's tiles. A stage is filled anew when the tile behind it is there, not before: memory
 // is read the faster the fewer places are asked for at once.
 struct Feed {
-    u32 ring, wide, scales, barriers;  // shared addresses
+    u32 ring, wide, raised, scales, barriers;  // shared addresses
     u32 phases;                  // a bit a stage: which phase of its barrier comes next
     int fill, drain;             // stages
     int next;                    // the tile to fetch next
@@ -45,6 +46,7 @@ struct Feed {
     DEVICE Feed(u32 memory, int warp)
         : ring(memory + warp * ring_bytes),
           wide(ring + stages * stage_bytes),
+          raised(wide + widened_bytes),
           scales(memory + scales_at + warp * stages * scale_frames * scale_bytes),
           barriers(memory + barriers_at + warp * stages * 8),
           phases(0) {
@@ -110,21 +112,21 @@ struct Feed {
         if (next < s.tiles) {
             const int block = block_of(a, s, u32(next) / tiles_per_block), token = u32(next) % tiles_per_block * tile;
             fetch(a, s, block, token, s.piece.length - (s.piece.first_block * block_tokens + next * tile));
-            next += warps;
+            next += team;
         }
         close_copies();
         fill = fill + 1 == stages ? 0 : fill + 1;
     }
 
     // Whether none of the tiles that `begin` asks for holds a token of this step, which a kernel ahead may yet write.
-    DEVICE static bool begins_old(const Work& s, int warp) {
-        const int last = min(warp + (stages - 1) * warps, s.tiles - 1);
+    DEVICE static bool begins_old(const Work& s, int first) {
+        const int last = min(first + (stages - 1) * team, s.tiles - 1);
         return s.piece.first_block * block_tokens + (last + 1) * tile <= s.piece.length - rows;
     }
 
-    DEVICE void begin(const Arguments& a, const Work& s, int warp) {
+    DEVICE void begin(const Arguments& a, const Work& s, int first) {
         fill = drain = 0;
-        next = warp, base = 0;
+        next = first, base = 0;
         here = look_up(a, s, 0), beyond = look_up(a, s, 32);
 #pragma unroll 1
         for (int i = 0; i < stages; i++) advance(a, s);
@@ -148,6 +150,11 @@ struct Feed {
             widen(wide + v_at, ring + drain * stage_bytes + fetched_v_at);
             __syncwarp();
         }
+        if constexpr (scaled_codes) {
+            raise_scales(raised, fetched_scales());
+            raise_scales(raised + tile * raised_token_bytes, fetched_scales() + v_scales_at);
+            __syncwarp();
+        }
     }
 
     // A tile's rows, one behind the other: three words of codes become four.
@@ -164,6 +171,7 @@ struct Feed {
     }
 
     DEVICE u32 stage() const { return widened ? wide : ring + drain * stage_bytes; }
-    DEVICE u32 stage_scales() const { return scales + drain * scale_frames * scale_bytes; }
+    DEVICE u32 fetched_scales() const { return scales + drain * scale_frames * scale_bytes; }
+    DEVICE u32 stage_scales() const { return scaled_codes ? raised : fetched_scales(); }
     DEVICE void release() { drain = drain + 1 == stages ? 0 : drain + 1; }
 };

@@ -52,13 +52,12 @@ struct PairScales {
     u32 word[(2 * token_scale_bytes + 3) / 4];
 
     DEVICE explicit PairScales(u32 at) { load_words<2 * token_scale_bytes>(word, at); }
-    // What is stored for one group, of token 2t in the low half of a word and of 2t + 1 in the high half. Bytes may be
-    // `further` groups on, which need not be known when this is compiled: to the next but one.
-    DEVICE u32 both(int index, u32 further = 0) const {
+    // What is stored for one group, of token 2t in the low half of a word and of 2t + 1 in the high half.
+    DEVICE u32 both(int index) const {
         const int n = groups + index;
         if constexpr (scale_size == 2)
             return permute_bytes(word[index / 2], word[n / 2], (n % 2 ? 0x7600 : 0x5400) + (index % 2 ? 0x32 : 0x10));
-        const u32 selector = (index % 4 | (4 + n % 4) << 8) + further * 0x101;
+        const u32 selector = index % 4 | (4 + n % 4) << 8;
         return permute_bytes(word[index / 4], word[n / 4], selector) & 0x00ff00ffu;
     }
 };
@@ -69,6 +68,26 @@ struct PairScales {
 DEVICE u32 e4m3_scale_halves(u32 raised) {
     constexpr u32 minus_448 = 0xfb00fb00u;  // as large as they are to be
     return fma_halves(raised, twice_15, fma_halves_relu(raised, twice_15, minus_448));
+}
+
+// Scales of short groups, raised to halves once for all lanes that need them: a word has those of two groups.
+struct RaisedScales {
+    static constexpr int words = (raised_token_bytes + 3) / 4;
+    u32 word[words];
+
+    DEVICE explicit RaisedScales(u32 at) { load_words<raised_token_bytes>(word, at); }
+};
+
+// Of a tile's tokens, K's or V's.
+DEVICE void raise_scales(u32 to, u32 from) {
+    for (int n = threadIdx.x % 32; n < tile; n += 32) {
+        const TokenScales stored(from + n * token_scale_bytes);
+#pragma unroll
+        for (int i = 0; i < RaisedScales::words; i++) {
+            const u32 two = permute_bytes(stored.word[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+            store_shared(to + n * raised_token_bytes + 4 * i, e4m3_scale_halves(two << 7));
+        }
+    }
 }
 
 // Powers of two (e8m0) as factors of probabilities, in halves. An exponent of `floor` or below becomes 0, one by

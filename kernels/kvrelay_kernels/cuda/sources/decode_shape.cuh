@@ -8,6 +8,8 @@ constexpr int rows = ROWS;              // query rows of a sequence: its last to
 constexpr int query_tile = QUERY_TILE;  // queries a thread block works on at once: 8 or 16
 constexpr bool bfloat = BFLOAT;         // of queries, output and uncoded elements; otherwise float16
 constexpr int warps = WARPS;
+constexpr int side = SIDE;              // KV heads a thread block works on side by side, as they lie in a block
+constexpr int team = warps / side;      // warps of each
 constexpr int stages = STAGES;          // tiles of a warp in its ring of shared memory
 constexpr int tile = TILE;              // tokens of one step of a warp
 
@@ -40,8 +42,8 @@ constexpr float code_units = scaled_codes ? scaled_units : Code::units;
 constexpr float odd_pair_units = scaled_codes ? scaled_units : Code::odd_units;
 constexpr bool uneven = code_units != odd_pair_units;
 
-// Shared memory. A warp's ring: stages of K rows and V rows; behind it one stage of widened codes, if need be; its scales
-// beside it: K scales, K biases, V scales, V biases.
+// Shared memory. A warp's ring: stages of K rows and V rows; behind it, if need be, one stage of widened codes and of scales
+// as halves; its scales beside it: K scales, K biases, V scales, V biases.
 constexpr int whole_boxes(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 constexpr int scale_size = scale_kind == Scales::float16 ? 2 : 1;
 constexpr int scale_frames = affine ? 4 : 2;
@@ -49,7 +51,8 @@ constexpr int scale_bytes = coded ? tile * groups * scale_size : 0;  // of one f
 constexpr int v_scales_at = scale_frames / 2 * scale_bytes;
 constexpr int fetched_v_at = whole_boxes(tile * fetched_row_bytes), v_at = whole_boxes(tile * row_bytes);
 constexpr int stage_bytes = 2 * fetched_v_at, widened_bytes = widened ? 2 * v_at : 0;
-constexpr int ring_bytes = stages * stage_bytes + widened_bytes;
+constexpr int raised_token_bytes = 2 * groups, raised_bytes = scaled_codes ? whole_boxes(2 * tile * raised_token_bytes) : 0;
+constexpr int ring_bytes = stages * stage_bytes + widened_bytes + raised_bytes;
 constexpr int scales_at = warps * ring_bytes;
 constexpr int barriers_at = scales_at + warps * stages * scale_frames * scale_bytes;
 constexpr int area_pitch = head_dim + 4;  // floats; keeps the merge's stores off each other's banks
@@ -57,9 +60,9 @@ constexpr int area_bytes = warps * tile_queries * area_pitch * 4;
 constexpr int area_at = barriers_at + (warps * stages * 8 + 15) / 16 * 16;
 constexpr int peaks_at = area_at + area_bytes;
 constexpr int sums_at = peaks_at + warps * query_tile * 4;
-constexpr int flag_at = sums_at + warps * query_tile * 4;
-constexpr int table_at = (flag_at + 16 + 127) / 128 * 128;
-static_assert(warps <= 16 * tiles_per_block);  // see Feed::block_of
+constexpr int table_at = (sums_at + warps * query_tile * 4 + 127) / 128 * 128;
+static_assert(team <= 16 * tiles_per_block);  // see Feed::block_of
+static_assert(kv_heads % side == 0 && warps % side == 0);
 static_assert(scale_bytes % 16 == 0 && tile % 16 == 0 && tile * fetched_row_bytes % 16 == 0);
 
 // Boxes are rows of 128 bytes of the arena; what lies otherwise is copied by threads.

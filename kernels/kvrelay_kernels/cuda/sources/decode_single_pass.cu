@@ -15,12 +15,12 @@ constexpr int cluster = CLUSTER;  // thread blocks that share a head
 extern __shared__ __align__(1024) u8 memory[];
 
 // Each thread block of a cluster answers for a slice of the head: what the others have of it comes into its inbox.
-constexpr int all_pairs = tile_queries * head_dim / 2, slice = (all_pairs + cluster - 1) / cluster;
+constexpr int slice = (all_pairs + cluster - 1) / cluster;
 constexpr int inbox_at = table_at + (Code::tabled ? table_bytes : 0);  // [cluster, slice]: pairs of dimensions
 constexpr int peaks_of_all_at = inbox_at + cluster * slice * 8;        // [cluster, tile_queries]: peak, sum
 constexpr int pushed_at = peaks_of_all_at + cluster * tile_queries * 8;
 
-static_assert(cluster <= head_dim / 2);
+static_assert(side == 1 && cluster <= head_dim / 2);
 
 DEVICE void open_inbox(u32 memory, int rank) {
     const int pairs = max(0, min(slice, all_pairs - rank * slice)) + tile_queries;
@@ -40,13 +40,11 @@ DEVICE void add_blocks(const Meeting& at, int rank, F f) {
     float2* stats = reinterpret_cast<float2*>(memory + peaks_of_all_at);
     const u32 pushed = shared_address(memory) + pushed_at;
     wait_for_cluster();  // all inboxes are open
-    add_warps<true>(at, warps, [&](int query, int d, float2 x, float sum) {
+    add_warps(at, [&](int query, int d, float2 x, float sum) {
         const int n = (query * head_dim + d) / 2, owner = n / slice;
         push(inbox + rank * slice + n - owner * slice, x, pushed, owner);
         if (d / 2 >= cluster) return;
-        float peak = at.peaks[query];
-        for (int w = 1; w < warps; w++) peak = fmaxf(peak, at.peaks[w * query_tile + query]);
-        push(stats + rank * tile_queries + query, {peak, sum}, pushed, d / 2);
+        push(stats + rank * tile_queries + query, {highest_peak(at, query), sum}, pushed, d / 2);
     });
     wait_pushed(pushed, 0);
     for (int n = threadIdx.x; n < slice; n += warps * 32) {
@@ -71,8 +69,8 @@ DEVICE void add_blocks(const Meeting& at, int rank, F f) {
 extern "C" __global__ void TOGETHER __launch_bounds__(warps * 32, 1)
 decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row, const int* tables, const int* lengths,
                    u16* out, int table_stride, float scale_log2, int window) {
-    const Arguments a{q,       map,     cache,        cache_row, tables, nullptr, out, nullptr,
-                      nullptr, nullptr, table_stride, 0,         coded ? scale_log2 * code_units : scale_log2, window};
+    const Arguments a{q,       map,          cache, cache_row, tables, nullptr, out,
+                      nullptr, table_stride, 0,     coded ? scale_log2 * code_units : scale_log2, window};
     release_dependents();
     if constexpr (cluster > 1) open_inbox(shared_address(memory), blockIdx.x % cluster);
     if (threadIdx.x == 0) prefetch_map(map);
@@ -108,6 +106,6 @@ decode_single_pass(const u16* q, const void* map, const u8* cache, int cache_row
     const auto finish = [&](int query, int d, float2 x, float sum) {
         write_pair(a, work, query, d, sum == 0 ? float2{0, 0} : float2{x.x / sum, x.y / sum});
     };
-    if constexpr (cluster == 1) add_warps<true>(at, warps, finish);
+    if constexpr (cluster == 1) add_warps(at, finish);
     else add_blocks(at, rank, finish);
 }

@@ -39,11 +39,11 @@ struct Softmax : Queries {
         u32 factor[2][chunks];  // of the codes of one token in one chunk, which a lane has of one group
         if constexpr (scaled_codes) {
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 2; h++) {
+                const RaisedScales scale(scales + (h * 8 + g) * raised_token_bytes);
 #pragma unroll
-                for (int c = 0; c < chunks; c++)
-                    factor[h][c] = e4m3_scale_halves(
-                        load_shared_byte(scales + (h * 8 + g) * token_scale_bytes + 2 * c + t / 2) * 0x800080);
+                for (int c = 0; c < chunks; c++) factor[h][c] = permute_bytes(scale.word[c], 0, t < 2 ? 0x1010 : 0x3232);
+            }
         }
 #pragma unroll
         for (int c = 0; c + 1 < chunks; c += 2) {
@@ -169,11 +169,13 @@ struct Softmax : Queries {
 
     // One stage of the ring: `tile` tokens from key0 on.
     DEVICE void attend(const Arguments& a, const Work& s, u32 stage, u32 scales, int key0) {
+        constexpr int token_at = scaled_codes ? raised_token_bytes : token_scale_bytes;
+        constexpr int v_scales = scaled_codes ? tile * raised_token_bytes : v_scales_at;
         float score[subtiles][2][query_halves][2];
         const bool edge = key0 + tile > s.piece.length - rows + 1 || (a.window > 0 && key0 < s.piece.length - a.window);
 #pragma unroll
         for (int i = 0; i < subtiles; i++) {
-            scores_of(score[i], stage, scales + i * 16 * token_scale_bytes, i);
+            scores_of(score[i], stage, scales + i * 16 * token_at, i);
             if (edge) mask(score[i], a, s, key0 + 16 * i);
         }
         float top[query_halves][2];
@@ -191,7 +193,7 @@ struct Softmax : Queries {
         if constexpr (scale_kind == Scales::e8m0) raise_floors(stage + v_at, scales + v_scales_at);
 #pragma unroll
         for (int i = 0; i < subtiles; i++)
-            add_values(score[i], stage + v_at, scales + v_scales_at + i * 16 * token_scale_bytes, i, a.scale_log2);
+            add_values(score[i], stage + v_at, scales + v_scales + i * 16 * token_at, i, a.scale_log2);
     }
 
     // Adds the values of 16 tokens, each times its probability.
@@ -222,9 +224,10 @@ struct Softmax : Queries {
         if constexpr (scaled_codes) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const PairScales scale(scales + (h * 8 + 2 * t) * token_scale_bytes);
+                const u32 at = scales + (h * 8 + 2 * t) * raised_token_bytes;
+                const RaisedScales first(at), second(at + raised_token_bytes);
 #pragma unroll
-                for (int c = 0; c < chunks; c++) factor[h][c] = e4m3_scale_halves(scale.both(2 * c, lane / 16) << 7);
+                for (int c = 0; c < chunks; c++) factor[h][c] = permute_bytes(first.word[c], second.word[c], lane < 16 ? 0x5410 : 0x7632);
             }
         }
 #pragma unroll
@@ -354,9 +357,9 @@ struct Softmax : Queries {
         }
     }
 
-    // Bring this warp's sums to the thread block's common peak and lay them out as [query][dimension].
+    // Bring this warp's sums to its team's common peak and lay them out as [query][dimension].
     DEVICE void meet(float* area, float* peaks, float* sums) {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+        const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first = warp / team * team, g = lane / 4, t = lane % 4;
         float peak[query_halves][2];
 #pragma unroll
         for (int m = 0; m < query_halves; m++)
@@ -372,9 +375,9 @@ struct Softmax : Queries {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int query = 2 * t + i + 8 * m;
-                float most = peaks[query], all = total[m][i];
+                float most = peaks[first * query_tile + query], all = total[m][i];
 #pragma unroll
-                for (int w = 1; w < warps; w++) most = fmaxf(most, peaks[w * query_tile + query]);
+                for (int w = 1; w < team; w++) most = fmaxf(most, peaks[(first + w) * query_tile + query]);
                 factor[i] = exp2_fast(peak[m][i] - most);
 #pragma unroll
                 for (int step = 4; step < 32; step *= 2) all += __shfl_xor_sync(every_lane, all, step);

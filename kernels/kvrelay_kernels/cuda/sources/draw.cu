@@ -18,25 +18,28 @@ __shared__ u32 listed;
 __shared__ double point;
 __shared__ int queues[warps][64];
 
-// The sum over all threads before this one, and over all.
-DEVICE u64 sum_before(u64 own, u64& all) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u64 up_to = own;
+// The sum over all lanes up to this one.
+DEVICE u64 sum_up_to(u64 own) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const u64 below = __shfl_up_sync(every_lane, up_to, step);
-        if (lane >= step) up_to += below;
+        const u64 below = __shfl_up_sync(every_lane, own, step);
+        if (lane >= step) own += below;
     }
+    return own;
+}
+// The sum over all threads before this one, and over all.
+struct Sums {
+    u64 before, all;
+};
+__noinline__ __device__ Sums sum_before(u64 own) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u64 up_to = sum_up_to(own);
     if (lane == 31) sums[warp] = up_to;
     __syncthreads();
-    u64 before = up_to - own;
-    all = 0;
-    for (int i = 0; i < warps; i++) {
-        if (i == warp) before += all;
-        all += sums[i];
-    }
+    const u64 of_warp = lane < warps ? sums[lane] : 0, of_warps = sum_up_to(of_warp);
     __syncthreads();
-    return before;
+    return {__shfl_sync(every_lane, of_warps - of_warp, warp) + up_to - own, __shfl_sync(every_lane, of_warps, 31)};
 }
 
 struct Place {
@@ -48,9 +51,10 @@ struct Place {
 template <class Value>
 DEVICE Place passing(int n, u64 target, Value value) {
     const int share = (n + threads - 1) / threads, begin = threadIdx.x * share, end = min(n, begin + share);
-    u64 own = 0, all;
+    u64 own = 0;
+#pragma unroll 1
     for (int i = begin; i < end; i++) own += value(i);
-    u64 before = sum_before(own, all);
+    u64 before = sum_before(own).before;
     if (before <= target && target < before + own) {
         int i = begin;
         for (u64 next; before + (next = value(i)) <= target; i++) before += next;
@@ -66,15 +70,15 @@ DEVICE Place passing(int n, u64 target, Value value) {
 DEVICE void sort_list(int n) {
     int size = 1;
     while (size < n) size *= 2;
-    for (int i = n + threadIdx.x; i < size; i += threads) list[i] = 0;
+    each_number(n, size, [](int i) { list[i] = 0; });
     __syncthreads();
     for (int run = 2; run <= size; run *= 2) {
         for (int step = run / 2; step > 0; step /= 2) {
-            for (int i = threadIdx.x; i < size / 2; i += threads) {
+            each_number(0, size / 2, [=](int i) {
                 const int a = 2 * i - (i & (step - 1)), b = a + step;
                 const u64 x = list[a], y = list[b];
                 if ((x < y) == ((a & run) == 0)) list[a] = y, list[b] = x;
-            }
+            });
             __syncthreads();
         }
     }
@@ -83,6 +87,7 @@ DEVICE void sort_list(int n) {
 struct Found {
     u64 order;
     u64 sum;  // of all up to it, itself included
+    int bin;
 };
 
 struct Row {
@@ -90,12 +95,13 @@ struct Row {
     int vocabulary;
     Weights weights;
 
-    // Calls f(order, bin, weight) for each token that may be drawn, or for those of one bin. Few do: the others are
-    // told apart by their places alone, and those few wait in a queue until a warp has one for each of its lanes.
+    // Calls f(order, weight) for each token of a bin that may be drawn. Few do: the others are told apart by their places
+    // alone, and those few wait in a queue until a warp has one for each of its lanes.
     template <class F>
-    DEVICE void each(int only_bin, F f) const {
+    DEVICE void each(int bin, F f) const {
         constexpr int depth = 16;
-        const float low = max(only_bin, 0), high = only_bin < 0 ? bins : only_bin + 1;
+        const Scale scale = weights;
+        const float low = bin, high = bin + 1;
         const int lane = threadIdx.x % 32;
         int* const queue = queues[threadIdx.x / 32];
         int waiting = 0;
@@ -104,19 +110,25 @@ struct Row {
             if (lane < count) {
                 const int token = queue[lane];
                 const float x = logits[token];
-                if (const u64 weight = weights.of(x)) f(order_of(x, token), weights.bin(x), weight);
+                if (const u64 weight = weights.of(x)) f(order_of(x, token), weight);
             }
             __syncwarp();
         };
         for (int base = 0; base < vocabulary; base += depth * threads) {
             const int from = base + threadIdx.x;
-            u32 wanted = 0;
+            const float* const own = logits + from;
+            const auto look = [&](auto there) {
+                u32 found = 0;
 #pragma unroll
-            for (int i = 0; i < depth; i++) {
-                const float x = from + i * threads < vocabulary ? logits[from + i * threads] : -infinity();
-                const float place = weights.place(x);
-                wanted |= u32(place >= low && place < high) << i;
-            }
+                for (int i = 0; i < depth; i++) {
+                    const float place = scale.place(there(i) ? own[i * threads] : -infinity());
+                    if (place >= low && place < high) found |= 1u << i;
+                }
+                return found;
+            };
+            u32 wanted;
+            if (base + depth * threads <= vocabulary) wanted = look([](int) { return true; });
+            else wanted = look([=](int i) { return from + i * threads < vocabulary; });
 #pragma unroll 1
             while (const u32 some = __ballot_sync(every_lane, wanted != 0)) {
                 if (wanted) queue[waiting + __popc(some & ((1u << lane) - 1))] = from + (__ffs(wanted) - 1) * threads;
@@ -132,10 +144,11 @@ struct Row {
         call(waiting);
     }
 
-    DEVICE void tally() const {
-        for (int i = threadIdx.x; i < bins; i += threads) mass[i] = 0, count[i] = 0;
+    // What the last bin that has tokens weighs anew, when some of its are not drawn any more, and none behind it.
+    DEVICE void tally_last(int bin) const {
+        each_number(bin, bins, [](int i) { mass[i] = 0, count[i] = 0; });
         __syncthreads();
-        each(-1, [](u64, int bin, u64 weight) { atomicAdd(mass + bin, weight), atomicAdd(count + bin, 1u); });
+        each(bin, [=](u64, u64 weight) { add_shared(mass + bin, weight), atomicAdd(count + bin, 1u); });
         __syncthreads();
     }
 
@@ -152,12 +165,12 @@ struct Row {
         const auto leads = [&](u64 order) { return above(order, shift) == leading; };
         while (size > bins) {
             const int last = shift, bits = min(digit_bits, shift), digits = 1 << bits;
-            for (int i = threadIdx.x; i < digits; i += threads) list[i] = 0, digit_count[i] = 0;
+            each_number(0, digits, [](int i) { list[i] = 0, digit_count[i] = 0; });
             __syncthreads();
-            each(bin, [&](u64 order, int, u64 weight) {
+            each(bin, [&](u64 order, u64 weight) {
                 if (!leads(order)) return;
                 const int digit = digits - 1 - int(order >> (last - bits) & (digits - 1));
-                atomicAdd(list + digit, weight), atomicAdd(digit_count + digit, 1u);
+                add_shared(list + digit, weight), atomicAdd(digit_count + digit, 1u);
             });
             __syncthreads();
             place = passing(digits, target - before, [=](int i) { return counting ? u64(digit_count[i]) : list[i]; });
@@ -167,14 +180,14 @@ struct Row {
         }
         if (threadIdx.x == 0) listed = 0;
         __syncthreads();
-        each(bin, [&](u64 order, int, u64) {
+        each(bin, [&](u64 order, u64) {
             if (leads(order)) list[atomicAdd(&listed, 1u)] = order;
         });
         __syncthreads();
         sort_list(size);
         const auto value = [&](int i) { return counting ? 1 : weights.of(logit_of(list[i])); };
         place = passing(size, target - before, value);
-        const Found found = {list[place.index], before + place.before + value(place.index)};
+        const Found found = {list[place.index], before + place.before + value(place.index), bin};
         __syncthreads();
         return found;
     }
@@ -182,10 +195,9 @@ struct Row {
 
 template <class Value>
 DEVICE u64 total(Value value) {
-    u64 own = 0, all;
-    for (int i = threadIdx.x; i < bins; i += threads) own += value(i);
-    sum_before(own, all);
-    return all;
+    u64 own = 0;
+    each_number(0, bins, [&](int i) { own += value(i); });
+    return sum_before(own).all;
 }
 DEVICE u64 total_mass() {
     return total([](int i) { return mass[i]; });
@@ -211,8 +223,9 @@ DEVICE u64 sampled(Row row, const Draw& draw) {
     u64 kept = total_mass();
     if (draw.top_k > 0 && draw.top_k < total([](int i) { return u64(count[i]); })) {
         // Tokens that tie with the last one are kept as well.
-        row.weights.lowest_rank = row.passes(true, draw.top_k - 1).order >> 32;
-        row.tally();
+        const Found last = row.passes(true, draw.top_k - 1);
+        row.weights.lowest_rank = last.order >> 32;
+        row.tally_last(last.bin);
         kept = total_mass();
     }
     if (draw.top_p < 1) {
@@ -225,7 +238,8 @@ DEVICE u64 sampled(Row row, const Draw& draw) {
 
 extern "C" __global__ void __launch_bounds__(threads)
 draw(const float* logits, const int* places, const int* lengths, const Draw* draws, int vocabulary, int stride,
-     int pieces, const u64* firsts, const u64* masses, const u32* counts, u32* seen, int* newest, int* tokens) {
+     int pieces, const u64* firsts, const u64* masses, const u32* counts, u32* seen, int* newest, int* tokens,
+     const int* answer) {
     release_dependents();
     const int row = blockIdx.x, place = load_fresh(places + row);
     await_producers();
@@ -235,9 +249,7 @@ draw(const float* logits, const int* places, const int* lengths, const Draw* dra
     u64 drawn = first;
     // Where everything is masked there is nothing to sample.
     if (draw.temperature > 0 && first != broken && logit_of(first) > -infinity()) {
-        for (int i = threadIdx.x; i < bins; i += threads) {
-            mass[i] = masses[u64(row) * bins + i], count[i] = counts[u64(row) * bins + i];
-        }
+        each_number(0, bins, [=](int i) { mass[i] = masses[u64(row) * bins + i], count[i] = counts[u64(row) * bins + i]; });
         if (threadIdx.x == 0) point = uniform(draw.seed, lengths[row]);
         __syncthreads();
         drawn = sampled({logits + u64(row) * vocabulary, vocabulary, Weights(draw, first)}, draw);
@@ -246,6 +258,6 @@ draw(const float* logits, const int* places, const int* lengths, const Draw* dra
     const bool finite = first != broken;
     // The next step reads what is newest before the host knows that this row has failed.
     newest[place] = finite ? token_of(drawn) : 0;
-    tokens[row] = finite ? token_of(drawn) : not_finite;
+    tokens[*answer + row] = finite ? token_of(drawn) : not_finite;
     if (finite && draw.counted) seen[u64(place) * stride + token_of(drawn)]++;
 }

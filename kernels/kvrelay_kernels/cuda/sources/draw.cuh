@@ -38,11 +38,31 @@ DEVICE int token_of(u64 order) { return ~u32(order); }
 DEVICE float logit_of(u64 order) { return of_rank(order >> 32); }
 constexpr u64 broken = ~0ull;  // the order of no finite logit
 
-// The first of a row, of which each piece has its own; `broken` where a logit is not finite.
+// Calls f(i) for this thread's share of the numbers from `begin` to `end`: mostly one, so the code is not repeated.
+template <class F>
+DEVICE void each_number(int begin, int end, F f) {
+#pragma unroll 1
+    for (int i = begin + threadIdx.x; i < end; i += threads) f(i);
+}
+
+// The first of those that a warp's lanes have.
+DEVICE u64 first_of_lanes(u64 first) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) first = max(first, __shfl_xor_sync(every_lane, first, step));
+    return first;
+}
+// The first of a row, of which each piece has its own; `broken` where a logit is not finite. For all lanes of a warp.
 DEVICE u64 first_of(const u64* pieces, int count) {
     u64 first = 0;
-    for (int i = 0; i < count; i++) first = max(first, pieces[i]);
-    return first;
+    for (int i = threadIdx.x % 32; i < count; i += 32) first = max(first, pieces[i]);
+    return first_of_lanes(first);
+}
+
+// Adds to a sum in shared memory, which adds 32 bits at once: 64 it only compares and swaps, again and again.
+DEVICE void add_shared(u64* sum, u64 value) {
+    u32* const halves = reinterpret_cast<u32*>(sum);
+    const u32 low = value, before = atomicAdd(halves, low), carry = before + low < low;
+    if (const u32 high = u32(value >> 32) + carry) atomicAdd(halves + 1, high);
 }
 
 // Calls f(token, logit) for this thread's share of the tokens from `begin` to `end`; its loads are under way
@@ -60,15 +80,9 @@ DEVICE void each_token(const float* logits, int begin, int end, F f) {
     }
 }
 
-struct Weights {
-    float peak;
-    double inverse_temperature, min_p;
-    float bins_per_logit;
-    u32 lowest_rank;  // lower ones are not among the top k
-
-    DEVICE Weights(const Draw& draw, u64 first)
-        : peak(logit_of(first)), inverse_temperature(1 / draw.temperature), min_p(draw.min_p),
-          bins_per_logit(float(bins / (span * draw.temperature))), lowest_rank(0) {}
+// Where logits lie among the bins.
+struct Scale {
+    float peak, bins_per_logit;
 
     // How far a logit lies behind the likeliest, in bins; never less than a larger logit.
     DEVICE float place(float x) const { return (peak - x) * bins_per_logit; }
@@ -76,8 +90,18 @@ struct Weights {
     DEVICE int bin(float x) const { return int(min(float(bins), place(x))); }
     // The rank of a logit at such a place.
     DEVICE u32 rank_at(float place) const { return rank_of(peak - place / bins_per_logit); }
-    // 0: never drawn.
-    DEVICE u64 of(float x) const {
+};
+
+struct Weights : Scale {
+    double inverse_temperature, min_p;
+    u32 lowest_rank;  // lower ones are not among the top k
+
+    DEVICE Weights(const Draw& draw, u64 first)
+        : Scale{logit_of(first), float(bins / (span * draw.temperature))}, inverse_temperature(1 / draw.temperature),
+          min_p(draw.min_p), lowest_rank(0) {}
+
+    // 0: never drawn. One copy of it: in a step, code comes from far, since all weights of a model have passed since it ran.
+    __noinline__ __device__ u64 of(float x) const {
         if (rank_of(x) < lowest_rank) return 0;
         const double weight = exp((double(x) - peak) * inverse_temperature);
         return weight < min_p ? 0 : __double2ull_rn(weight * weight_of_likeliest);

@@ -4,7 +4,7 @@
 // draws from all of the row; the bins that `draw_tally` adds to are cleared.
 #include "draw.cuh"
 
-DEVICE float adjusted(float x, u32 seen, const Draw& draw, bool may_end) {
+__noinline__ __device__ float adjusted(float x, u32 seen, const Draw& draw, bool may_end) {
     if (!may_end && seen & ends_answer) return -infinity();
     const u32 times = seen & answer_times;
     if (seen & in_prompt || times) x = x > 0 ? __fdiv_rn(x, draw.repetition) : __fmul_rn(x, draw.repetition);
@@ -36,9 +36,10 @@ draw_peak(float* logits, const int* places, const int* lengths, const Draw* draw
         if (counted) x[token] = value = adjusted(value, words[token], draw, may_end);
         first = max(first, finite ? order_of(value, token) : broken);
     });
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) first = max(first, __shfl_xor_sync(every_lane, first, step));
+    first = first_of_lanes(first);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = first;
     __syncthreads();
-    if (threadIdx.x == 0) firsts[u64(row) * gridDim.x + blockIdx.x] = first_of(shared, threads / 32);
+    if (threadIdx.x >= 32) return;
+    first = first_of(shared, threads / 32);
+    if (threadIdx.x == 0) firsts[u64(row) * gridDim.x + blockIdx.x] = first;
 }

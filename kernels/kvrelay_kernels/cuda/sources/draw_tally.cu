@@ -14,7 +14,7 @@ draw_tally(const float* logits, const int* places, const Draw* draws, int vocabu
     if (place < 0 || draws[place].temperature == 0) return;
     const u64 first = first_of(firsts + u64(row) * gridDim.x, gridDim.x);
     if (first == broken) return;
-    for (int i = threadIdx.x; i < bins; i += threads) mass[i] = 0, count[i] = 0;
+    each_number(0, bins, [](int i) { mass[i] = 0, count[i] = 0; });
     __syncthreads();
     const Weights weights(draws[place], first);
     const float* x = logits + u64(row) * vocabulary;
@@ -22,12 +22,12 @@ draw_tally(const float* logits, const int* places, const Draw* draws, int vocabu
     each_token(x, begin, min(vocabulary, begin + piece), [&](int, float value) {
         const int bin = weights.bin(value);
         if (bin >= bins) return;
-        if (const u64 weight = weights.of(value)) atomicAdd(mass + bin, weight), atomicAdd(count + bin, 1u);
+        if (const u64 weight = weights.of(value)) add_shared(mass + bin, weight), atomicAdd(count + bin, 1u);
     });
     __syncthreads();
-    for (int i = threadIdx.x; i < bins; i += threads) {
-        if (count[i] == 0) continue;
+    each_number(0, bins, [=](int i) {
+        if (count[i] == 0) return;
         atomicAdd(masses + u64(row) * bins + i, mass[i]);
         atomicAdd(counts + u64(row) * bins + i, count[i]);
-    }
+    });
 }

@@ -2,11 +2,14 @@
 #include "coded_matrix.cuh"
 #include "elements.cuh"
 
-// table: 16-bit elements row by row, or codes; factors: only of codes.
-extern "C" __global__ void embed(const u8* table, const Factors* factors, const int* ids, float scale, int width, float* out) {
+// table: 16-bit elements row by row, or codes; factors: only of codes. ids came from the host; in place of one may stand
+// ~place, where `newest` has the one that was drawn for the sequence there.
+extern "C" __global__ void embed(const u8* table, const Factors* factors, const int* ids, const int* newest, float scale,
+                                 int width, float* out) {
     release_dependents();
+    const int id = load_fresh(ids + blockIdx.x);
     await_producers();
-    const int row = ids[blockIdx.x];
+    const int row = id < 0 ? newest[~id] : id;
     float* to = out + (u64)blockIdx.x * width;
     for (int n = 4 * threadIdx.x; n < width; n += 4 * blockDim.x) {
         float x[4];

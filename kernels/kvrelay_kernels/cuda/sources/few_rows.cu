@@ -5,6 +5,7 @@
 // rows there are nor on how they are tiled. Weights come straight into registers, a few units ahead, and on into the
 // next rows' units while results are added up.
 #include "few_rows_unit.cuh"
+#include "stream_write.cuh"
 
 constexpr int tiles = TILES;      // of 16 weight rows, that a thread block works on at once
 constexpr int columns = COLUMNS;  // of 8 rows of x
@@ -50,7 +51,7 @@ DEVICE void add_unit(Sums& total, const WeightUnit (&weight)[tiles], const Activ
             const int ahead = behind * unit_columns + i * (unit_columns / unit_groups);
             fetch_activations(b, x.rows[j] + ahead, x.left - ahead);
             float sum[4] = {0, 0, 0, 0};
-            if constexpr (coded)
+            if constexpr (coded && !floats)
 #pragma unroll
                 for (int s = 0; s < group_steps; s++)
                     multiply<bfloat>(sum, ones, ones, ones, ones, b[2 * s], b[2 * s + 1]);
@@ -62,16 +63,16 @@ DEVICE void add_unit(Sums& total, const WeightUnit (&weight)[tiles], const Activ
 #pragma unroll
                     for (int p = 0; p < planes; p++) {
                         const u32(&w)[4] = a[m][s][p];
-                        float(&c)[4] = coded ? product[p] : total[m][j];
+                        float(&c)[4] = scaled ? product[p] : total[m][j];
                         multiply<bfloat>(c, w[0], w[1], w[2], w[3], b[2 * s], b[2 * s + 1]);
                     }
-                if constexpr (coded)
+                if constexpr (scaled)
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
                         const Factors f = weight[m].factors[2 * i + c / 2];
                         const float shift = bias_of(f) * sum_unit - zero_sums * scale_of(f);
                         if constexpr (planes == 2) product[0][c] += 16 * product[1][c];
-                        total[m][j][c] += shift * sum[c];
+                        if constexpr (!floats) total[m][j][c] += shift * sum[c];
                         total[m][j][c] += scale_of(f) * product[0][c];
                     }
             }
@@ -92,28 +93,27 @@ DEVICE void hand_in(Merge& merge, const Sums& total) {
                 merge[threadIdx.x / 32][8 * j + 2 * t + c % 2][tile_rows * m + g + 8 * (c / 2)] = total[m][j][c];
 }
 
-#if FLOAT_OUT
-using Out = float;
-DEVICE float as_out(float x) { return x; }
-#else
-using Out = u16;
-DEVICE u16 as_out(float x) { return u16(pack<bfloat>(x, 0)); }
-#endif
-
-// bias: 16-bit elements, or null.
-DEVICE void add_parts(const Merge& merge, const u16* bias, Out* out, int rows, int n, int first, float unit) {
-    for (int i = threadIdx.x; i < band_rows * min(rows, row_slots); i += blockDim.x) {
-        const int row = i / band_rows, at = i % band_rows;
-        if (first + at >= n) continue;
-        float x = merge[0][row][at];
+// The sum of a row of x with a weight row, counted from the band's first one.
+DEVICE float whole_sum(const Merge& merge, int row, int at) {
+    float x = merge[0][row][at];
 #pragma unroll
-        for (int p = 1; p < parts; p++) x += merge[p][row][at];
-        x *= unit;
-        if (bias) {
-            const u32 y = bias[first + at];
-            x += bfloat ? low_bfloat(y) : low_half(y);
+    for (int p = 1; p < parts; p++) x += merge[p][row][at];
+    return x;
+}
+
+// Two of them a thread. of_rows: scales, where there is one a row; bias: 16-bit elements, or null.
+DEVICE void add_parts(const Merge& merge, const Factors* of_rows, const u16* bias, Out* out, int rows, int n, int first,
+                      float unit) {
+    constexpr int pairs = band_rows / 2;
+    for (int i = threadIdx.x; i < pairs * min(rows, row_slots); i += blockDim.x) {
+        const int row = i / pairs, tile = i % pairs / 8 * tile_rows, g = i % 8;
+        float sums[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = tile + g + 8 * half;
+            sums[half] = unit * row_scale(of_rows, min(first + at, n - 1)) * whole_sum(merge, row, at);
         }
-        out[(u64)row * n + first + at] = as_out(x);
+        write_two(sums[0], sums[1], bias, out, n, first + tile, n, g, row);
     }
 }
 
@@ -160,7 +160,7 @@ few_rows(const u16* x, const u8* data, const Factors* factors, const u16* bias, 
         }
         hand_in(merge, total);
         __syncthreads();
-        add_parts(merge, bias, out, rows, n, band * band_rows, product_unit * unit);
+        add_parts(merge, factors, bias, out, rows, n, band * band_rows, product_unit * unit);
         __syncthreads();
     }
 }

@@ -4,22 +4,24 @@
 // cores take exactly. bfloat16 has no such room below: there four bits under the exponent of 128 are 128 + code, and
 // codes of eight bits are two products, of their upper and their lower half. What this adds to a sum is taken off again
 // with the bias, by the sum of the activations: a product of the same operand with the number of code 0 in all places.
+// 8-bit floats are numbers of both kinds, and have no bias.
 #pragma once
 #include "coded_matrix.cuh"
 #include "elements.cuh"
 
-constexpr u32 code_zero = bfloat ? 0x43004300u : 0;           // a pair of 128, or of 0
+constexpr u32 code_zero = bfloat && !floats ? 0x43004300u : 0;   // a pair of 128, or of 0
 constexpr u32 sum_operand = bfloat ? 0x43004300u : 0x00010001u;  // a pair of 128, or of 2^-24
-constexpr int planes = bits == 8 && bfloat ? 2 : 1;           // products that one code takes
+constexpr int planes = bits == 8 && bfloat && !floats ? 2 : 1;   // products that one code takes
 constexpr float sum_unit = bfloat ? 0.0078125f : 1;           // of a sum, in units of a product
 constexpr float zero_sums = !bfloat ? 0 : planes == 2 ? 17 : 1;  // what stands for 0 in a product, in sums
-constexpr float product_unit = coded && !bfloat ? 16777216.0f : 1;
+constexpr float product_unit = coded && !bfloat ? code_unit : 1;
 constexpr int group_steps = unit_steps / unit_groups;
+constexpr bool scaled = coded && !row_scaled;  // sums of a group are multiplied by its scale
 constexpr bool ragged = RAGGED;  // the last unit of a row is not full
 
 struct WeightUnit {
     u32 words[bits];
-    Factors factors[coded ? 2 * unit_groups : 1];  // [group][row g, row g + 8]
+    Factors factors[scaled ? 2 * unit_groups : 1];  // [group][row g, row g + 8]
 
     // Operand of one step, one plane of it. `nibbles` is 0x000f000f.
     DEVICE void operand(u32 (&a)[4], int step, int plane, u32 nibbles) const {
@@ -29,6 +31,11 @@ struct WeightUnit {
                 a[i] = words[8 * (i % 2) + 2 * step + i / 2];
             } else if constexpr (bits == 4) {
                 a[i] = (words[step] >> 4 * i & nibbles) | code_zero;
+            } else if constexpr (floats) {
+                u32 pair[2];
+                if constexpr (bfloat) e4m3_bfloats(pair, words[2 * step + i % 2]);
+                else e4m3_halves(pair, words[2 * step + i % 2]);
+                a[i] = pair[i / 2];
             } else if constexpr (planes == 2) {
                 a[i] = (words[2 * step + i % 2] >> (8 * (i / 2) + 4 * plane) & nibbles) | code_zero;
             } else {
@@ -65,6 +72,7 @@ struct WeightPlace {
         const uint4* from = codes + behind * (pair_tiles * unit_code_bytes / 16);
 #pragma unroll
         for (int i = 0; i < bits / 4; i++) put(to.words + 4 * i, load_once(from + 32 * i));
+        if constexpr (!scaled) return;
         const Factors* of = factors + behind * (pair_tiles * unit_factors);
         u32* words = reinterpret_cast<u32*>(to.factors);
         constexpr int bytes = sizeof to.factors;

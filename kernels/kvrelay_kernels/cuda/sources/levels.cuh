@@ -1,28 +1,9 @@
 // The numbers that codes stand for where they are no steps above a bias (quant/levels.py): an 8-bit float, or a
 // table of magnitudes, a code being a sign above an index.
 #pragma once
-#include "primitives.cuh"
+#include "e4m3.cuh"
 
 enum class Levels { steps, e4m3, e2m1, codebook };  // in the order of cuda/format_constants.py
-
-constexpr float e4m3_units = 256;  // an e4m3 is a half with one bit of exponent less: its 1 is 2^-8 there
-constexpr float e4m3_largest = 448;
-
-// The code of the nearest e4m3 of what is not NaN; halves go to even, too large sizes to the largest.
-DEVICE u32 encode_e4m3(float x) {
-    constexpr float smallest_normal = 0.015625f, unit_of_steps = 16384;  // whose neighbours are subnormal steps apart
-    const u32 word = __float_as_uint(x), sizes = word & 0x7fffffffu;
-    const float size = __uint_as_float(sizes);
-    const u32 normal = (sizes + 0x7ffffu + (sizes >> 20 & 1) >> 20) - (120u << 3);
-    const u32 subnormal = __float_as_uint(__fadd_rn(size, unit_of_steps)) - __float_as_uint(unit_of_steps);
-    return min(size < smallest_normal ? subnormal : normal, 0x7eu) | word >> 24 & 0x80u;
-}
-
-// Two codes in the low 16 bits -> halves in units of `e4m3_units`.
-DEVICE u32 e4m3_halves(u32 codes) {
-    const u32 spread = permute_bytes(codes, 0, 0x1404);  // each in the high byte of a half
-    return spread & 0x80008000u | spread >> 1 & 0x3f803f80u;
-}
 
 // Magnitudes of a table as halves, two to a word, zeros behind the last.
 constexpr u32 magnitude_pairs[4] = {MAGNITUDES_0, MAGNITUDES_1, MAGNITUDES_2, MAGNITUDES_3};

@@ -70,12 +70,13 @@ DEVICE void copy_box_once(u32 to, const void* map, int column, int row, u32 barr
         "[%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(evict_first)
         : "memory");
 }
-// The same, of an array in three dimensions that is not swizzled, from the middle one's `row` and the last one's `plane` on.
-DEVICE void copy_planes_once(u32 to, const void* map, int row, int plane, u32 barrier) {
+// The same, of an array in three dimensions that is not swizzled, from the first one's `column` (in words of 8 bytes), the
+// middle one's `row` and the last one's `plane` on.
+DEVICE void copy_planes_once(u32 to, const void* map, int row, int plane, u32 barrier, int column = 0) {
     constexpr u64 evict_first = 0x12f0000000000000;
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
-        "[%5], %6;" ::"r"(to), "l"(map), "r"(0), "r"(row), "r"(plane), "r"(barrier), "l"(evict_first)
+        "[%5], %6;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(evict_first)
         : "memory");
 }
 // Bytes as they lie, a multiple of 16 from and to multiples of 16.
@@ -163,6 +164,9 @@ DEVICE u32 load_shared_byte(u32 address) {
 DEVICE void store_shared(u32 address, u32 word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
+DEVICE void store_shared2(u32 address, u32 a, u32 b) {
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
 DEVICE void store_shared_byte(u32 address, u32 byte) {
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(byte) : "memory");
 }
@@ -184,6 +188,19 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     }
 }
 
+// c += a * b on tensor cores, exact: a of 16 rows of unsigned bytes, b of 8 columns of signed ones, 32 or 16 of them; c is
+// 16 x 8. Lane (g, t) has bytes 4t to 4t + 3, and 16 more on, of rows g and g + 8 of a and of column g of b.
+DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[2], const u32 (&b)[1]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
 // A constant in a register of its own. What the compiler knows to be constant, or the same in all lanes, it would write
 // out anew before every use; it does not know that squares have no second bit.
 DEVICE u32 in_register(u32 x) {
@@ -196,9 +213,20 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
 }
+// Bits of `a` where the mask has ones, else of `b`: one instruction, which the compiler would not choose by itself.
+DEVICE u32 choose_bits(u32 a, u32 b, u32 mask) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
+    return r;
+}
 DEVICE u32 multiply_halves(u32 a, u32 b) {
     u32 r;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+DEVICE u32 multiply_bfloats(u32 a, u32 b) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));  // less nothing
     return r;
 }
 DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
@@ -217,6 +245,12 @@ DEVICE u32 fma_halves_relu(u32 a, u32 b, u32 c) {
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1 / x to about a unit in the last place; of what is below 2^-126, infinity.
+DEVICE float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 DEVICE float from_half(u32 bits) {
@@ -253,11 +287,6 @@ DEVICE float4 load_fresh(const float4* p) {
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
     return v;
 }
-DEVICE float2 load_fresh(const float2* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
 
 DEVICE int load_fresh(const int* p) {
     int v;
@@ -278,6 +307,28 @@ DEVICE uint4 load_fresh(const uint4* p) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
+}
+
+// Numbers that one thread block hands to another one of its launch, through memory and without a fence: each word says
+// itself that it is there, as long as it is `absent` before. No number is: a NaN like it is handed over as another one.
+constexpr u32 absent = 0xffffffffu;
+DEVICE u32 as_handed(float x) { return __float_as_uint(x) == absent ? 0x7fffffffu : __float_as_uint(x); }
+DEVICE void hand_over(float4* p, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(as_handed(v.x)), "r"(as_handed(v.y)),
+                 "r"(as_handed(v.z)), "r"(as_handed(v.w))
+                 : "memory");
+}
+DEVICE float4 load_handed(const float4* p) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+DEVICE bool is_handed(float4 v) {
+    return __float_as_uint(v.x) != absent && __float_as_uint(v.y) != absent && __float_as_uint(v.z) != absent && __float_as_uint(v.w) != absent;
+}
+// So that it is absent for the next launch.
+DEVICE void take_back(float4* p) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1,%1,%1,%1};" ::"l"(p), "r"(absent) : "memory");
 }
 
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
@@ -336,6 +387,12 @@ DEVICE float4 load_remote(const float4* p, u32 rank) {
     asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
     return v;
 }
+// Two words to a shared address, but of thread block `rank`.
+DEVICE void store_remote2(u32 address, u32 a, u32 b, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.v2.b32 [%0], {%1,%2};" ::"r"(there), "r"(a), "r"(b) : "memory");
+}
 // All threads of all thread blocks of the cluster arrive, and later wait for each other: barriers that were published
 // before stand then for all.
 DEVICE void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -362,6 +419,7 @@ DEVICE void meet_cluster() {}
 DEVICE void part_cluster() {}
 DEVICE float2 load_remote(const float2* p, u32) { return *p; }
 DEVICE float4 load_remote(const float4* p, u32) { return *p; }
+DEVICE void store_remote2(u32, u32, u32, u32) {}
 DEVICE void arrive_in_cluster() {}
 DEVICE void wait_for_cluster() {}
 DEVICE void push(float2*, float2, u32, u32) {}

@@ -2,7 +2,7 @@
 //
 // The (sequence, head, block) units of a batch lie in one row, which is cut into equal ranges, one a thread block;
 // beginning a head costs as much as a few units and is counted as such. The cut depends on lengths alone, and so do the
-// results: a head that lies in several ranges is added up in their order, by whichever thread block arrives last.
+// results: a head that lies in several ranges is added up in their order, a slice of it by each of them.
 #pragma once
 #include "primitives.cuh"
 

@@ -110,10 +110,10 @@ DEVICE void add_up(const float (&sums)[count], float4* area, int warp, Write wri
     if constexpr (cluster > 1) part_cluster();  // nobody leaves while others read its memory
 }
 
-// bias: 16-bit elements, or null; unit: the weight's.
+// x: [rows, k], or what `halve_rows` made of it; of_rows: scales, of a weight that has one a row; bias: 16-bit elements, or null; unit: the weight's.
 extern "C" __global__ void TOGETHER __launch_bounds__(all_threads, 1)
-stream_codes(const u16* x, const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap factors, const u16* bias,
-             int rows, int n, int k, float unit, Out* out) {
+stream_codes(const void* x, const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap factors,
+             const Factors* of_rows, const u16* bias, int rows, int n, int k, float unit, Out* out) {
     release_dependents();
     extern __shared__ __align__(1024) u8 memory[];
     const Ring ring{shared_address(memory)};
@@ -122,9 +122,10 @@ stream_codes(const u16* x, const __grid_constant__ TensorMap codes, const __grid
     const Share share(n, k);
     const int warp = __shfl_sync(every_lane, threadIdx.x / 32, 0);  // tells the compiler: the same for all lanes
     const auto write = [&](int band, float (&sums)[4], int tile, int j) {
+        const int first = (band * tiles + tile) * tile_rows, row = first + threadIdx.x % 32 / 4;
 #pragma unroll
-        for (float& sum : sums) sum *= unit * bias_unit;
-        write_eight(sums, bias, out, rows, n, (band * tiles + tile) * tile_rows, n, j);
+        for (int i = 0; i < 4; i++) sums[i] *= unit * code_unit * row_scale(of_rows, min(row + i / 2 * 8, n - 1));
+        write_eight(sums, bias, out, rows, n, first, n, j);
     };
     float sums[count];
     if (warp < consumer_warps) {
@@ -156,11 +157,11 @@ stream_codes(const u16* x, const __grid_constant__ TensorMap codes, const __grid
             }
         }
     } else if (warp == consumer_warps) {
-        if (threadIdx.x % 32 == 0) bring_weight(ring, share, codes, factors);
-    } else {
+        if (threadIdx.x % 32 == 0) StageFeed{ring, share, codes, factors, x}.run_all();
+    } else if constexpr (!prepared) {
         await_producers();
         const int taker = warp - consumer_warps - 1;
-        RowFeed(ring, share, x, rows, k, taker).run_all(taker);
+        RowFeed(ring, share, static_cast<const u16*>(x), rows, k, taker).run_all(taker);
     }
     __syncwarp();
     if constexpr (shared_sums)

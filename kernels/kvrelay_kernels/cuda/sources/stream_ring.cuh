@@ -1,13 +1,10 @@
 // A ring of stages in shared memory: a few units of codes of a band of weight rows, their factors, and the columns of x
-// that they are multiplied with. One thread asks the copy engine for the weight, as far ahead as the ring goes; others
-// bring x.
-//
-// x is brought as halves, in the order of columns in which lanes have codes. A bfloat16 is a half with more exponent and
-// less fraction: where all of a row's 64 columns lie in a half's range they are taken as they are, otherwise times a
-// power of two, which the sums are told. What is 2^-17 of the largest of them or more keeps all its bits.
+// that they are multiplied with, as halves. One thread asks the copy engine for the weight, as far ahead as the ring goes,
+// and for x, where `halve_rows` has prepared it; otherwise warps bring x.
 #pragma once
 #include "elements.cuh"
 #include "half_codes.cuh"
+#include "row_halves.cuh"
 #include "turn.cuh"
 #include "warpgroup.cuh"
 
@@ -20,6 +17,7 @@ constexpr int groups = tile_warps < 16 ? 16 / tile_warps : 1;  // of such warps,
 static_assert(stage_units % groups == 0, "a group without units");
 constexpr int consumer_warps = groups * tile_warps, consumers = 32 * consumer_warps;
 constexpr int row_warps = ROW_WARPS;  // that bring x
+constexpr bool prepared = row_warps == 0;
 constexpr int all_threads = consumers + 32 * (1 + row_warps);
 
 constexpr int x_unit_bytes = columns * 128, x_bytes = stage_units * x_unit_bytes;
@@ -27,12 +25,11 @@ constexpr int pairs = tiles / pair_tiles;
 constexpr int pair_code_bytes = pair_tiles * unit_code_bytes, pair_factor_bytes = pair_tiles * unit_factor_bytes;
 constexpr int codes_at = x_bytes, factors_at = codes_at + pairs * stage_units * pair_code_bytes;
 constexpr int stage_bytes = (factors_at + pairs * stage_units * pair_factor_bytes + 1023) / 1024 * 1024;
-// Powers of two, a unit and row, behind a word of each warp that brings x: has it any but 1.
-constexpr int flag_bytes = (row_warps + 3) / 4 * 16, powers_bytes = stage_units * columns * 4 + flag_bytes;
+constexpr int powers_bytes = stage_units * columns * 4;  // of two, a unit and row
 constexpr int powers_at = stages * stage_bytes, barriers_at = powers_at + stages * powers_bytes;
-constexpr int row_depth = ROW_DEPTH, arriving_at = barriers_at + 16 * stages;  // passes of x on their way, by warp
-constexpr int pass_rows = columns < 16 ? columns : 16, passes = columns / pass_rows;  // of a unit
-constexpr int quads = pass_rows / 4;                                                   // of rows: 16 bytes of each lane
+constexpr int row_depth = ROW_DEPTH, arriving_at = barriers_at + 16 * stages;  // units of x on their way, by warp
+constexpr int quads = 2;  // of rows, 16 bytes of each lane
+static_assert(prepared || columns == 4 * quads, "rows that warps bring");
 constexpr int shared_bytes_used = arriving_at + row_warps * row_depth * quads * 512;
 static_assert(shared_bytes_used <= SHARED_BYTES, "what the launcher asks for");
 
@@ -44,10 +41,18 @@ struct Ring {
     DEVICE u32 stage(const Place& turn) const { return memory + turn.at * stage_bytes; }
     DEVICE u32 powers(const Place& turn) const { return memory + powers_at + turn.at * powers_bytes; }
     DEVICE u32 power(const Place& turn, int unit, int row) const {
-        return powers(turn) + flag_bytes + (unit * columns + row) * 4;
+        return powers(turn) + (unit * columns + row) * 4;
     }
+    // Has a stage any but 1.
     DEVICE bool any_power(const Place& turn) const {
-        return __any_sync(every_lane, load_shared(powers(turn) + 4 * (threadIdx.x % 32 % row_warps)));
+        constexpr u32 one = 0x3f800000;
+        u32 other = 0;
+        for (int at = threadIdx.x % 32 * 16; at < powers_bytes; at += 512) {
+            u32 a, b, c, d;
+            load_shared4(a, b, c, d, powers(turn) + at);
+            other |= (a ^ one) | (b ^ one) | (c ^ one) | (d ^ one);
+        }
+        return __any_sync(every_lane, other != 0);
     }
     DEVICE u32 full(const Place& turn) const { return memory + barriers_at + turn.at * 16; }
     DEVICE u32 empty(const Place& turn) const { return full(turn) + 8; }
@@ -72,6 +77,8 @@ struct Share {
         begin = rank * units / cluster, end = (rank + 1) * units / cluster;
         bands = (n + tiles * tile_rows - 1) / (tiles * tile_rows);
     }
+    // Of any block of the cluster, at most.
+    DEVICE int part_stages() const { return ((units + cluster - 1) / cluster + stage_units - 1) / stage_units; }
 };
 // The units that fill one stage.
 struct Stage {
@@ -84,39 +91,50 @@ struct Stage {
     }
 };
 
-// One thread: whole stages, be they full or not. codes and factors: the weight's, in planes of a pair of tiles and rows of
-// a unit.
-DEVICE void bring_weight(const Ring& ring, const Share& share, const TensorMap& codes, const TensorMap& factors) {
-    Place turn;
-    bool first = true;
-    for (Stage stage(share); !stage.none(share); stage.advance(share)) {
-        if (!first) wait_barrier(ring.empty(turn), turn.phase ^ 1);
+// One thread: brings whole stages, be they full or not. codes and factors: the weight's, in planes of a pair of tiles and
+// rows of a unit; rows: what `halve_rows` wrote, if it did.
+struct StageFeed {
+    const Ring& ring;
+    const Share& share;
+    const TensorMap &codes, &factors;
+    const void* rows;
+
+    DEVICE void ask_weight(const Place& turn, const Stage& stage) const {
         const u32 full = ring.full(turn), to = ring.stage(turn);
-        expect_bytes(full, pairs * stage_units * (pair_code_bytes + pair_factor_bytes));
+        constexpr int of_rows = prepared ? x_bytes + (bfloat ? powers_bytes : 0) : 0;
+        expect_bytes(full, pairs * stage_units * (pair_code_bytes + pair_factor_bytes) + of_rows);
         copy_planes_once(to + codes_at, &codes, stage.unit, stage.band * pairs, full);
-        copy_planes_once(to + factors_at, &factors, stage.unit, stage.band * pairs, full);
-        turn.next();
-        if (turn.at == 0) first = false;
+        if constexpr (!row_scaled) copy_planes_once(to + factors_at, &factors, stage.unit, stage.band * pairs, full);
     }
-}
+    DEVICE void ask_rows(const Place& turn, const Stage& stage) const {
+        const int part_units = share.part_stages() * stage_units;
+        const int place = blockIdx.x % cluster * part_units + stage.unit - share.begin;
+        const u8* halves = static_cast<const u8*>(rows);
+        const u8* powers = halves + u64(cluster) * part_units * x_unit_bytes;
+        copy_bytes(ring.stage(turn), halves + u64(place) * x_unit_bytes, x_bytes, ring.full(turn));
+        if constexpr (bfloat) copy_bytes(ring.powers(turn), powers + place * columns * 4, powers_bytes, ring.full(turn));
+    }
 
-// The power of two, 2^(-23 c), that takes bfloat16 with this exponent of the largest size to where halves are exact.
-DEVICE float power_for(int exponent) {
-    const int c = exponent == 0 ? 0 : max(exponent - 73, 0) / 23 - 2;
-    return __uint_as_float(u32(127 - 23 * c) << 23);
-}
-DEVICE bool needs_power(int exponent) { return exponent != 0 && u32(exponent - 119) > 22; }
-DEVICE float inverse_power(float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); }
+    DEVICE void run_all() const {
+        Place turn;
+        Stage stage(share);
+        if constexpr (prepared) {  // as much of the weight as there is room for comes while x is prepared
+            for (; turn.phase == 0 && !stage.none(share); stage.advance(share), turn.next()) ask_weight(turn, stage);
+            const int asked = turn.phase ? stages : turn.at;
+            await_producers();
+            Place late;
+            Stage first(share);
+            for (int i = 0; i < asked; i++, first.advance(share), late.next()) ask_rows(late, first);
+        }
+        for (; !stage.none(share); stage.advance(share), turn.next()) {
+            wait_barrier(ring.empty(turn), turn.phase ^ 1);
+            ask_weight(turn, stage);
+            if constexpr (prepared) ask_rows(turn, stage);
+        }
+    }
+};
 
-// The exponent of the largest of eight bfloat16.
-DEVICE int largest_exponent(const u32 (&v)[4]) {
-    u32 size = 0;
-#pragma unroll
-    for (int q = 0; q < 4; q++) size = max(size, max(v[q] << 1, v[q] << 17));  // without the sign
-    return size >> 24;
-}
-
-// Where a warp is in x: it takes every `row_warps`-th of a stage's passes.
+// Where a warp is in x: it takes every `row_warps`-th of a stage's units.
 struct RowPlace {
     Stage stage;
     int done, warp;
@@ -124,7 +142,7 @@ struct RowPlace {
     DEVICE RowPlace(const Share& share, int warp) : stage(share), done(warp), warp(warp) { settle(share); }
     DEVICE bool none(const Share& share) const { return stage.none(share); }
     DEVICE void settle(const Share& share) {
-        if (done >= stage_units * passes) stage.advance(share), done = warp;
+        if (done >= stage_units) stage.advance(share), done = warp;
     }
 };
 
@@ -136,7 +154,7 @@ struct RowFeed {
     const u16* from;
     int rows, k, column;
     u32 arriving;
-    u32 places[2][4];  // of its four pairs of columns in an even four rows, and in an odd
+    u32 places[quads][4];  // of its four pairs of columns
 
     DEVICE RowFeed(const Ring& ring, const Share& share, const u16* x, int rows, int k, int warp)
         : ring(ring), share(share), rows(rows), k(k) {
@@ -145,23 +163,19 @@ struct RowFeed {
         from = x + u64(row) * k + column;
         arriving = ring.memory + arriving_at + warp * (row_depth * quads * 512) + lane * 16;
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const int step = run == 8 ? piece / 4 * 2 + q / 2 : piece / 2;
-            const int t = run == 8 ? piece % 4 : piece % 2 * 2 + q / 2;
+        for (int i = 0; i < quads; i++)
 #pragma unroll
-            for (int odd = 0; odd < 2; odd++)
-                places[odd][q] = swizzled((4 * odd + row) * 128 + step * 32 + q % 2 * 16 + t * 4);
-        }
+            for (int q = 0; q < 4; q++) places[i][q] = pair_place(4 * i + row, piece, q);
     }
 
     DEVICE void fetch(RowPlace& at, int slot) const {
         if (!at.none(share)) {
-            const int unit = at.stage.unit + at.done / passes, first = at.done % passes * pass_rows, row = threadIdx.x % 32 / 8;
+            const int unit = at.stage.unit + at.done, row = threadIdx.x % 32 / 8;
             const bool there = unit < share.end && unit * unit_columns + column < k;
-            const u16* place = from + u64(first) * k + unit * unit_columns;
+            const u16* place = from + unit * unit_columns;
 #pragma unroll
             for (int i = 0; i < quads; i++) {
-                const bool valid = there && first + 4 * i + row < rows;
+                const bool valid = there && 4 * i + row < rows;
                 copy16(arriving + (slot * quads + i) * 512, reinterpret_cast<const u8*>(valid ? place + 4 * i * k : from), valid ? 16 : 0);
             }
             at.done += row_warps, at.settle(share);
@@ -169,67 +183,49 @@ struct RowFeed {
         close_copies();
     }
 
-    // What has arrived becomes rows of the other operand; whether powers of two were needed.
-    DEVICE bool convert(const Place& turn, int pass, int slot) const {
+    // What has arrived becomes rows of the other operand.
+    DEVICE void convert(const Place& turn, int unit, int slot) const {
         u32 v[quads][4];
-        const int unit = pass / passes, first = pass % passes * pass_rows;
-        bool scaled = false;
 #pragma unroll
         for (int i = 0; i < quads; i++) load_shared4(v[i][0], v[i][1], v[i][2], v[i][3], arriving + (slot * quads + i) * 512);
         if constexpr (bfloat) {
             int exponents[quads];
+            bool scaled = false;
 #pragma unroll
-            for (int i = 0; i < quads; i++) {
-                exponents[i] = largest_exponent(v[i]);
-#pragma unroll
-                for (int mask = 1; mask < 8; mask *= 2)
-                    exponents[i] = max(exponents[i], __shfl_xor_sync(every_lane, exponents[i], mask));
-                scaled |= needs_power(exponents[i]);
-            }
+            for (int i = 0; i < quads; i++) exponents[i] = largest_exponent(v[i]), scaled |= needs_power(exponents[i]);
             scaled = __any_sync(every_lane, scaled);
             const int row = threadIdx.x % 32 / 8;
 #pragma unroll
             for (int i = 0; i < quads; i++) {
                 const float power = scaled ? power_for(exponents[i]) : 1;
-                if (column == 0) store_shared(ring.power(turn, unit, first + 4 * i + row), __float_as_uint(power));
-#pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    float low = low_bfloat(v[i][q]), high = high_bfloat(v[i][q]);
-                    if (scaled) low *= power, high *= power;
-                    v[i][q] = pack<false>(low, high);
-                }
+                if (column == 0) store_shared(ring.power(turn, unit, 4 * i + row), __float_as_uint(power));
+                round_to_halves(v[i], power);
             }
         }
-        const u32 to = ring.stage(turn) + unit * x_unit_bytes + first * 128;
+        const u32 to = ring.stage(turn) + unit * x_unit_bytes;
 #pragma unroll
         for (int i = 0; i < quads; i++)
 #pragma unroll
-            for (int q = 0; q < 4; q++) store_shared(to + places[i % 2][q] + i / 2 * 1024, v[i][q]);
-        return scaled;
+            for (int q = 0; q < 4; q++) store_shared(to + places[i][q], v[i][q]);
     }
 
     DEVICE void run_all(int warp) const {
         RowPlace ahead(share, warp);
         for (int slot = 0; slot < row_depth; slot++) fetch(ahead, slot);
         Place turn;
-        bool first_turn = true;
         int slot = 0;
         for (Stage stage(share); !stage.none(share); stage.advance(share)) {
-            if (!first_turn) wait_barrier(ring.empty(turn), turn.phase ^ 1);
-            bool scaled = false;
-            for (int pass = warp; pass < stage_units * passes; pass += row_warps) {
+            wait_barrier(ring.empty(turn), turn.phase ^ 1);
+            for (int unit = warp; unit < stage_units; unit += row_warps) {
                 wait_copies<row_depth - 1>();
-                scaled |= convert(turn, pass, slot);
+                convert(turn, unit, slot);
                 fetch(ahead, slot);
                 slot = slot + 1 == row_depth ? 0 : slot + 1;
             }
-            const bool speaks = threadIdx.x % 32 == 0;
-            if (bfloat && speaks) store_shared(ring.powers(turn) + 4 * warp, scaled);
             order_before_bulk();
             __syncwarp();
-            if (speaks) arrive_at(ring.full(turn));
+            if (threadIdx.x % 32 == 0) arrive_at(ring.full(turn));
             turn.next();
-            if (turn.at == 0) first_turn = false;
         }
     }
 };
