@@ -74,7 +74,8 @@ def keys_of(
 ) -> Iterable[KernelKey]:
     """The kernels of a problem, for batches of so many sequences."""
     kv_heads = problem.spec.kv_heads
-    yield problem.key(launch_shape(problem), arch)
+    for shape in {launch_shape(problem, sequences=batch) for batch in batches}:
+        yield problem.key(shape, arch)
     for cluster in {fitting_cluster(batch * kv_heads, rooms) for batch in batches}:
         yield single_pass_key(problem, single_pass_shape(problem), cluster, arch)
 

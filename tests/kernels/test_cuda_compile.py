@@ -7,7 +7,7 @@ import pytest
 from kvrelay_kernels.cuda.block_sparse import SparseProblem
 from kvrelay_kernels.cuda.block_sparse_mma import SHAPES
 from kvrelay_kernels.cuda.coded_matrix import ELEMENTS, TILE_ROWS, Form
-from kvrelay_kernels.cuda.decode_attention import DecodeProblem, Element16, launch_shape
+from kvrelay_kernels.cuda.decode_attention import MANY_HEADS, DecodeProblem, Element16, launch_shape
 from kvrelay_kernels.cuda.decode_single_pass import single_pass_key, single_pass_shape
 from kvrelay_kernels.cuda.draw import DrawShape
 from kvrelay_kernels.cuda.expand import Expansion
@@ -70,16 +70,17 @@ def decode_problem(name: str) -> DecodeProblem:
     return DecodeProblem(layout, AttentionSpec(heads, kv_heads, head_dim, 0.1), "bfloat16", rows)
 
 
-def decode_key(name: str, arch: str) -> KernelKey:
+def decode_key(name: str, arch: str, sequences: int) -> KernelKey:
     problem = decode_problem(name)
-    return KernelKey.of("decode_attention", problem.constants(launch_shape(problem)), arch)
+    shape = launch_shape(problem, sequences=sequences)
+    return KernelKey.of("decode_attention", problem.constants(shape), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_decode_attention_compiles(name: str, arch: str) -> None:
-    cubin = KernelCache().cubin(decode_key(name, arch))
-    assert cubin[:4] == b"\x7fELF"
+    for key in {decode_key(name, arch, sequences) for sequences in (1, MANY_HEADS)}:
+        assert KernelCache().cubin(key)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize(("arch", "cluster"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 14), ("sm_100", 8)])
@@ -258,7 +259,7 @@ def test_every_source_is_tested() -> None:
 
 
 def test_cubins_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = decode_key("int8", "sm_90a")
+    key = decode_key("int8", "sm_90a", 1)
     cubin = KernelCache(tmp_path).cubin(key)
     monkeypatch.setattr(
         "kvrelay_kernels.cuda.module.compile_kernel", lambda key: pytest.fail("compiled again")

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from kvrelay_kernels.cuda.decode_attention import HEAD_DIMS, SHARED_BYTES, DecodeProblem, launch_shape
+from kvrelay_kernels.cuda.decode_attention import (
+    HEAD_DIMS,
+    MANY_HEADS,
+    SHARED_BYTES,
+    DecodeProblem,
+    launch_shape,
+)
 from kvrelay_kernels.cuda.expand import Expansion
 from kvrelay_kernels.cuda.rope import AppendShape
 from kvrelay_kernels.errors import FormatUnsupported
@@ -31,10 +37,13 @@ def test_all_formats_are_served(name: str, head_dim: int) -> None:
         shape = launch_shape(problem)
         assert shape.warps >= 4
         assert problem.shared_bytes(shape) <= SHARED_BYTES
+        many = launch_shape(problem, sequences=MANY_HEADS)
+        assert shape.side == 1
+        assert replace(many, side=1) == shape
         for shared_limit in SMALLER:
-            fitting = launch_shape(problem, shared_limit)
+            fitting = launch_shape(problem, shared_limit, sequences=MANY_HEADS)
             assert problem.shared_bytes(fitting) <= shared_limit
-            assert replace(fitting, warps=shape.warps, side=shape.side) == shape
+            assert replace(fitting, warps=shape.warps, side=1) == shape
             assert fitting.warps % fitting.side == spec.kv_heads % fitting.side == 0
         with pytest.raises(FormatUnsupported, match="bytes of shared memory; the GPU has 4096"):
             launch_shape(problem, 4096)

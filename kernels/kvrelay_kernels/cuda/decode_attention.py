@@ -224,7 +224,9 @@ class DecodeAttention:
         from cupy.cuda import driver  # pyright: ignore[reportMissingImports]
 
         self.problem, self.sequences = problem, sequences
-        self.shape = shape = shape or launch_shape(problem, shared_memory_limit() - RESERVED_BYTES)
+        self.shape = shape = shape or launch_shape(
+            problem, shared_memory_limit() - RESERVED_BYTES, sequences=sequences
+        )
         arch, shared = device_arch(), problem.shared_bytes(shape)
         kernel = kernels.load(problem.key(shape, arch), shared)
         fitting = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.ptr, 32 * shape.warps, shared)
@@ -295,8 +297,9 @@ _OWN_SHAPES: Mapping[tuple[str, int], Shape] = {
     ("turbo4", 128): (16, 2, 32),
 }
 """Of formats that differ from others of as many bits."""
-_SIDE = {(16, 128): 4}
-"""KV heads side by side, where that is faster; fewer where the numbers of heads or of warps want it."""
+_SIDE, MANY_HEADS = {(16, 128): 4}, 64
+"""KV heads side by side, where that is faster, and for how many of a batch: few have too many pieces. Fewer
+side by side where the numbers of heads or of warps want it."""
 _BEGIN_COST = {16: 4, 8: 6, 6: 8, 4: 16, 3: 14}
 """At head dimension 128."""
 
@@ -305,10 +308,11 @@ def launch_shape(
     problem: DecodeProblem,
     shared_limit: int = SHARED_BYTES,
     shapes: Mapping[tuple[int, int], Shape] = _SHAPES,
+    sequences: int = 1,
 ) -> LaunchShape:
     """The choice for a problem, with as many warps as fit into `shared_limit` bytes and into registers.
 
-    `shapes` go before those of split-K.
+    `shapes` go before those of split-K; `sequences` of a batch share the device.
 
     Raises:
         FormatUnsupported: not even one fits.
@@ -328,4 +332,6 @@ def launch_shape(
                 f" needs {problem.shared_bytes(shape)} bytes of shared memory; the GPU has {shared_limit}"
             )
         shape = replace(shape, warps=shape.warps - 1)
-    return replace(shape, side=gcd(_SIDE.get((bits, dim), 1), shape.warps, problem.spec.kv_heads))
+    many = sequences * problem.spec.kv_heads * problem.query_tiles >= MANY_HEADS
+    side = _SIDE.get((bits, dim), 1) if many else 1
+    return replace(shape, side=gcd(side, shape.warps, problem.spec.kv_heads))

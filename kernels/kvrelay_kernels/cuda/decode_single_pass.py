@@ -1,7 +1,6 @@
 """Launcher of the single-pass decode attention kernel (`sources/decode_single_pass.cu`)."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ class SinglePass:
 
 def single_pass_shape(problem: DecodeProblem, shared_limit: int = SHARED_BYTES) -> LaunchShape:
     """As `launch_shape`. Raises FormatUnsupported."""
-    return replace(launch_shape(problem, shared_limit - _MOST_INBOX_BYTES, _SHAPES), side=1)
+    return launch_shape(problem, shared_limit - _MOST_INBOX_BYTES, _SHAPES)
 
 
 def single_pass_key(problem: DecodeProblem, shape: LaunchShape, cluster: int, arch: str) -> KernelKey:
