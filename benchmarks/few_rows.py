@@ -69,6 +69,13 @@ FORMS = [*MODES, "int4 exact", "int8 g16 exact"]
 """`exact`: scales that float16 does not have, as in GGUF's Q4_K and Q6_K."""
 
 
+def normal(rows: int, columns: int) -> Any:
+    """Standard normal float32 numbers, all there: the generator may have another stream than their reader."""
+    drawn = cupy.random.standard_normal((rows, columns), np.float32)
+    cupy.cuda.Device().synchronize()
+    return drawn
+
+
 class Bench:
     """One weight in one form, in as many copies as do not fit the cache."""
 
@@ -81,7 +88,7 @@ class Bench:
         self.integers = StreamIntegers("bfloat16", kernels, gpu.processors)
         self.products = Products("bfloat16", kernels, PlanStore(), gpu.device_class)
         self.rows = RowKernels("bfloat16", kernels)
-        values = cupy.random.standard_normal((shape.n, shape.k), np.float32)
+        values = normal(shape.n, shape.k)
         values *= np.float32(shape.k**-0.5)
         part: Any = values
         if form.endswith("exact"):
@@ -114,9 +121,7 @@ class Bench:
     def run(self, rows: int) -> list[dict[str, Any]]:
         """Time and check every contender."""
         n, k = self.shape.n, self.shape.k
-        drawn = cupy.random.standard_normal((rows, k), np.float32)
-        cupy.cuda.Device().synchronize()  # the generator has a stream of its own
-        x = bfloat16_bits(drawn)
+        x = bfloat16_bits(normal(rows, k))
         kind = np.float32 if self.shape.logits else np.uint16
         found: list[dict[str, Any]] = []
         for name, product in self.contenders(rows).items():
