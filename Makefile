@@ -29,6 +29,8 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing what the tests need"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nvidia-cuda-nvrtc \
+		|| echo "no NVRTC for this system: the tests that compile CUDA kernels are skipped"
 	@touch $@
 
 install: $(VENV)/installed

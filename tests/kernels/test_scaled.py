@@ -21,8 +21,8 @@ ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)
 SPREAD = st.sampled_from([2.0**-20, 1e-3, 1.0, 300.0])
 
 
-def normal(seed: int, spread: float = 1.0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((3, 2, DIM)).astype(np.float32) * np.float32(spread)
+def normal(seed: int, spread: float = 1.0, rows: int = 3) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, 2, DIM)).astype(np.float32) * np.float32(spread)
 
 
 @pytest.mark.parametrize("name", OF_MLX)
@@ -61,11 +61,11 @@ def test_error_is_half_the_gap_between_numbers(name: str, values: NDArray[np.flo
 @pytest.mark.parametrize("name", FORMATS)
 @given(seed=st.integers(0, 10**6), spread=SPREAD)
 def test_a_group_is_as_good_as_its_bits(name: str, seed: int, spread: float) -> None:
-    fmt, values = parse_format(name, DIM), normal(seed, spread)
+    fmt, values = parse_format(name, DIM), normal(seed, spread, rows=100)  # so many that chance has no say
     if name == "nvfp4" and spread < 1e-2:
         return  # below the reach of its scales
     error = np.linalg.norm(dequantize(quantize(values, fmt), fmt) - values) / np.linalg.norm(values)
-    most = {"mxfp8": 0.035, "mxfp4": 0.15, "nvfp4": 0.125, "turbo4": 0.13, "turbo3": 0.24}
+    most = {"mxfp8": 0.0285, "mxfp4": 0.126, "nvfp4": 0.102, "turbo4": 0.106, "turbo3": 0.199}
     assert error < most[name]
 
 
