@@ -1,4 +1,4 @@
-"""Weights as the backend loads them, and what they stand for."""
+"""Weights as the backend loads them, what they stand for, and products with them in a graph."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay_kernels.cuda.coded_matrix import CodedMatrix
+from kvrelay_kernels.cuda.decode_attention import Element16
 from kvrelay_kernels.interface import WeightMode
 from kvrelay_kernels.quant import ScaledWeight
 from kvrelay_kernels.quant.levels import E4M3_MAX, encode_e4m3
 from kvrelay_kernels.quant.weights import quantize_weight
-from tests.gpu.poisoned import PoisonedCudaBackend, to_host
+from tests.gpu.poisoned import PoisonedCudaBackend, product_of, to_device, to_host
 
 
 def load(backend: PoisonedCudaBackend, name: str, n: int, k: int) -> Any:
@@ -44,3 +45,36 @@ def values_of(backend: PoisonedCudaBackend, weight: Any, element: str) -> NDArra
     out = cupy.empty((n, k), np.float32)
     backend._rows.embed(weight, cupy.asarray(np.arange(n, dtype=np.int32)), 1.0, out)  # pyright: ignore[reportPrivateUsage]
     return out.get().astype(np.float64)
+
+
+def check_chain(product: Any, weight: Any, rows: int, element: Element16) -> None:
+    """Three products behind each other in a graph, which may overlap: each reads what the one before wrote.
+
+    `weight` is square; `product` is a kernel's launcher.
+    """
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    width, rng = weight.shape[1], np.random.default_rng(3)
+    x = to_device(rng.standard_normal((rows, width)), element)
+    outs = [cupy.zeros((rows, width), np.uint16) for _ in range(3)]
+
+    def chain() -> None:
+        for given, out in zip([x, *outs[:2]], outs, strict=True):
+            product(given, weight, None, out)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        chain()
+        stream.synchronize()
+        stream.begin_capture()
+        chain()
+        graph = stream.end_capture()
+        for _ in range(20):
+            x[...] = to_device(rng.standard_normal((rows, width)), element)
+            for out in outs:
+                out.data.memset_async(0xFF, out.nbytes, stream)
+            graph.launch(stream)
+            stream.synchronize()
+            for given, out in zip([x, *outs[:2]], outs, strict=True):
+                assert bool((out == product_of(product, given, weight)).all())
+                stream.synchronize()

@@ -12,7 +12,7 @@ from kvrelay_kernels.cuda.device import find_gpu
 from kvrelay_kernels.cuda.module import KernelCache, device_arch
 from kvrelay_kernels.cuda.stream_codes import StreamCodes
 from kvrelay_kernels.cuda.stream_rows import ARCHITECTURE
-from tests.gpu.coded_weights import load, values_of
+from tests.gpu.coded_weights import check_chain, load, values_of
 from tests.gpu.paged_cache import DTYPES
 from tests.gpu.poisoned import UNIT, PoisonedCudaBackend, error, product_of, to_device, to_host
 from tests.kernels.coded_cases import E4M3_UNITS
@@ -88,31 +88,6 @@ def test_rows_of_every_size(
 @pytest.mark.parametrize("rows", [8, 24])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_inside_a_graph(
-    cupy: Any, backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16, name: str, rows: int
+    backend: PoisonedCudaBackend, streams: StreamCodes, element: Element16, name: str, rows: int
 ) -> None:
-    """Three products behind each other, which may overlap: each reads what the one before wrote."""
-    weight = load(backend, name, 2560, 2560)
-    rng = np.random.default_rng(3)
-    x = to_device(rng.standard_normal((rows, 2560)), element)
-    outs = [cupy.zeros((rows, 2560), np.uint16) for _ in range(3)]
-
-    def chain() -> None:
-        for given, out in zip([x, *outs[:2]], outs, strict=True):
-            streams(given, weight, None, out)
-
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        chain()
-        stream.synchronize()
-        stream.begin_capture()
-        chain()
-        graph = stream.end_capture()
-        for _ in range(20):
-            x[...] = to_device(rng.standard_normal((rows, 2560)), element)
-            for out in outs:
-                out.data.memset_async(0xFF, out.nbytes, stream)
-            graph.launch(stream)
-            stream.synchronize()
-            for given, out in zip([x, *outs[:2]], outs, strict=True):
-                assert bool((out == product_of(streams, given, weight)).all())
-                stream.synchronize()
+    check_chain(streams, load(backend, name, 2560, 2560), rows, element)
