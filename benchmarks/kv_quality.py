@@ -13,6 +13,7 @@ positions.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ FORMATS = (
     "none", "int8-g64", "int8-g32", "mxfp8", "int6-g64", "int6-g32", "int4-g32", "int4-g64", "nvfp4",
     "mxfp4", "turbo4", "turbo3",
 )  # fmt: skip
+"""All are compared with the first."""
 GATED = "int8-g64"
 MAX_PERPLEXITY_CHANGE = 0.005
 MAX_TOP1_CHANGED = 0.01
@@ -107,28 +109,35 @@ def chunk_batch(tokens: NDArray[np.int32], start: int) -> StepBatch:
     )
 
 
-def judge(decoder: Decoder, sequences: list[NDArray[np.int32]]) -> dict[str, dict[str, float]]:
-    """Each format's figures over all positions of all sequences."""
+def text_sequences(model: str, count: int, window: int) -> list[NDArray[np.int32]]:
+    """Stretches of real text, each `[window]` tokens of the model. Raises SystemExit if there is less."""
+    cache = default_cache_dir()
+    tokenizer = load_tokenizer(load_model(resolve(model, cache), cache), cache)
+    tokens = np.array(real_tokens(tokenizer)[: count * window], np.int32)
+    if len(tokens) < count * window:
+        raise SystemExit(f"the text has {len(tokens)} tokens, {count * window} are wanted")
+    return list(tokens.reshape(count, window))
+
+
+def judge(
+    ways: Mapping[str, tuple[Decoder, str]], sequences: list[NDArray[np.int32]]
+) -> dict[str, dict[str, float]]:
+    """Figures of each way, a decoder and a cache format, over all positions, compared with the first way."""
     blocks = -(-max(map(len, sequences)) // BLOCK_TOKENS)
-    arenas: dict[str, Arena] = {name: decoder.new_arena(blocks, name) for name in FORMATS}
-    judged = {name: Judged() for name in FORMATS}
+    arenas: dict[str, Arena] = {name: decoder.new_arena(blocks, fmt) for name, (decoder, fmt) in ways.items()}
+    judged = {name: Judged() for name in ways}
     for number, sequence in enumerate(sequences, 1):
         inputs, targets = sequence[:-1], sequence[1:].astype(np.int64)
         for start in range(0, len(inputs), CHUNK):
             batch = chunk_batch(inputs[start : start + CHUNK], start)
             base = None
-            for name, arena in arenas.items():
-                logprobs = log_softmax(decoder.forward(batch, arena))
-                base = logprobs if base is None else base  # FORMATS begins with `none`
+            for name, (decoder, _) in ways.items():
+                logprobs = log_softmax(decoder.forward(batch, arenas[name]))
+                base = logprobs if base is None else base
                 judged[name].add(logprobs, base, targets[start : start + CHUNK])
         print(f"  sequence {number} of {len(sequences)}", file=sys.stderr)
-    return {
-        name: {
-            "bits_per_element": arenas[name].layout.bits_per_element,
-            **judged[name].report(judged["none"]),
-        }
-        for name in FORMATS
-    }
+    first = judged[next(iter(ways))]
+    return {name: one.report(first) for name, one in judged.items()}
 
 
 def failures(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -159,19 +168,17 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Judge all formats under each kind of weights, write the result, and say whether the gate holds."""
     args = arguments()
-    cache = default_cache_dir()
-    tokenizer = load_tokenizer(load_model(resolve(args.model, cache), cache), cache)
-    wanted = args.window * args.sequences
-    tokens = np.array(real_tokens(tokenizer)[:wanted], np.int32)
-    if len(tokens) < wanted:
-        raise SystemExit(f"the text has {len(tokens)} tokens, {wanted} are wanted")
-    sequences = list(tokens.reshape(args.sequences, args.window))
+    sequences = text_sequences(args.model, args.sequences, args.window)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for weights in args.weights:
         print(f"weights {weights}", file=sys.stderr)
         options = DecoderOptions(args.model, threads=args.threads, weights=cast(WeightMode, weights))
         decoder = open_decoder(options, silent)
-        results[weights] = judge(decoder, sequences)
+        judged = judge({name: (decoder, name) for name in FORMATS}, sequences)
+        results[weights] = {
+            name: {"bits_per_element": decoder.layout(name).bits_per_element, **figures}
+            for name, figures in judged.items()
+        }
     faults = failures(results)
     report: dict[str, Any] = {
         **provenance(("numpy", "numba", "tokenizers")),

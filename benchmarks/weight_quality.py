@@ -8,47 +8,18 @@ distribution from that of the file's values as floats.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.kv_quality import CHUNK, Judged, chunk_batch, log_softmax
+from benchmarks.kv_quality import judge, text_sequences
 from benchmarks.machine import cores, provenance, result_path, write
-from benchmarks.real_text import SOURCE, real_tokens
+from benchmarks.real_text import SOURCE
 from kvrelay_kernels.interface import WeightMode
-from kvrelay_kernels.quant import BLOCK_TOKENS
-from model_runtime.catalog import default_cache_dir, resolve
-from model_runtime.checkpoint import load_model
-from model_runtime.decoder import Decoder
 from model_runtime.opening import open_decoder
 from model_runtime.options import DecoderOptions
 from model_runtime.progress import silent
-from model_runtime.tokenizer import load_tokenizer
 
 MODES: tuple[WeightMode, ...] = ("float", "auto", "int8", "fp8", "int4")
 """All are compared with the first."""
-
-
-def judge(
-    decoders: dict[WeightMode, Decoder], sequences: list[NDArray[np.int32]]
-) -> dict[str, dict[str, float]]:
-    """Each mode's figures over all positions of all sequences."""
-    blocks = -(-max(map(len, sequences)) // BLOCK_TOKENS)
-    arenas = {mode: decoder.new_arena(blocks, "none") for mode, decoder in decoders.items()}
-    judged = {mode: Judged() for mode in MODES}
-    for number, sequence in enumerate(sequences, 1):
-        inputs, targets = sequence[:-1], sequence[1:].astype(np.int64)
-        for start in range(0, len(inputs), CHUNK):
-            batch = chunk_batch(inputs[start : start + CHUNK], start)
-            base = None
-            for mode in MODES:
-                logprobs = log_softmax(decoders[mode].forward(batch, arenas[mode]))
-                base = logprobs if base is None else base
-                judged[mode].add(logprobs, base, targets[start : start + CHUNK])
-        print(f"sequence {number} of {len(sequences)}", file=sys.stderr)
-    return {mode: judged[mode].report(judged[MODES[0]]) for mode in MODES}
 
 
 def main() -> None:
@@ -61,17 +32,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--out", type=Path, default=result_path("weight_quality"))
     args = parser.parse_args()
-    cache = default_cache_dir()
-    tokenizer = load_tokenizer(load_model(resolve(args.model, cache), cache), cache)
-    wanted = args.window * args.sequences
-    tokens = np.array(real_tokens(tokenizer)[:wanted], np.int32)
-    if len(tokens) < wanted:
-        raise SystemExit(f"the text has {len(tokens)} tokens, {wanted} are wanted")
-    decoders: dict[WeightMode, Decoder] = {
+    decoders = {
         mode: open_decoder(DecoderOptions(args.model, threads=args.threads, weights=mode), silent)
         for mode in MODES
     }
-    results = judge(decoders, list(tokens.reshape(args.sequences, args.window)))
+    ways = {mode: (decoder, "none") for mode, decoder in decoders.items()}
+    results = judge(ways, text_sequences(args.model, args.sequences, args.window))
     report = {
         **provenance(("numpy", "numba", "tokenizers")),
         "model": args.model,
